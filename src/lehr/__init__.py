@@ -1,0 +1,46 @@
+"""lehr: evidence you can differentiate. The public names, each imported when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lehr import objectives as objectives
+    from lehr.annealing import Annealer as Annealer, anneal as anneal, anneal_reverse as anneal_reverse
+    from lehr.errors import InputError as InputError
+    from lehr.kernels import (
+        Hamiltonian as Hamiltonian,
+        Langevin as Langevin,
+        Metropolis as Metropolis,
+        RandomWalk as RandomWalk,
+    )
+    from lehr.path import Problem as Problem, Schedule as Schedule
+    from lehr.weighted import WeightedParticles as WeightedParticles
+
+_HOME = {
+    "Annealer": "lehr.annealing",
+    "anneal": "lehr.annealing",
+    "anneal_reverse": "lehr.annealing",
+    "InputError": "lehr.errors",
+    "Hamiltonian": "lehr.kernels",
+    "Langevin": "lehr.kernels",
+    "Metropolis": "lehr.kernels",
+    "RandomWalk": "lehr.kernels",
+    "Problem": "lehr.path",
+    "Schedule": "lehr.path",
+    "WeightedParticles": "lehr.weighted",
+}
+
+__all__ = [*_HOME, "objectives"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+# JAX takes more than a second to import, and `lehr --help` must not wait for it.
+def __getattr__(name: str) -> Any:
+    if name == "objectives":
+        return importlib.import_module("lehr.objectives")
+    if name not in _HOME:
+        raise AttributeError(f"module 'lehr' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

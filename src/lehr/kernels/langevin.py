@@ -1,0 +1,48 @@
+"""One Langevin step: the kernel of the Monte Carlo VAE, and the proposal of MALA."""
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from lehr.kernels.contract import AbstractMove, State, Transition, log_of_positive
+from lehr.path import Tempered
+
+
+class Langevin(AbstractMove):
+    """Uncorrected (unadjusted) Langevin, with itself as the reverse kernel.
+
+        T(x' | x) = N(x'; x + (e^2/2) grad log f(x), e^2),    log L/T = log T(x | x') - log T(x' | x),
+
+    one gradient and one value per step (both at x', carried to the next). Inside `Metropolis` it is MALA.
+
+    Arguments:
+        step_size: e > 0, in units of position. A number, `(dim,)`, `(num_steps, 1)` or `(num_steps, dim)`.
+
+    **Gradient**: exact through the chain.
+
+    Raises `InputError` for a step size that is not positive.
+
+    Source: Thin et al. 2021, "Monte Carlo variational auto-encoders", section 3; Roberts, Tweedie 1996.
+    """
+
+    log_step_size: Array
+
+    uses_gradient: ClassVar[bool] = True
+
+    def __init__(self, step_size: ArrayLike):
+        self.log_step_size = log_of_positive("step_size", step_size)
+
+    @property
+    def step_size(self) -> Array:
+        """e, in the shape in which it was given."""
+        return jnp.exp(self.log_step_size)
+
+    def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
+        e, x = self.step_size, state.point.position
+        before = density.gradient_at(state.point)
+        point = density.evaluate(x + e * (e / 2 * before + noise), gradient=True)
+        # The reverse draw needs the noise -(noise + drift), with drift = (e/2)(grad log f(x) + grad log f(x')). The
+        # difference of the two squared norms is written as a product: the norms would cancel in float32.
+        drift = e / 2 * (before + density.gradient_at(point))
+        return Transition(State(point), -jnp.sum(drift * (2 * noise + drift)) / 2)
