@@ -9,31 +9,34 @@ from lehr.commands import Evaluate, Figure2, Study, Train
 from lehr.errors import InputError
 
 _COMMANDS: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "study": Study}
-_STUDIES: dict[str, Any] = {"figure2": Figure2}
+_STUDIES: dict[str, Any] = {"figure2": Figure2, "list": Study}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; a fault of the user's is one sentence on standard error and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["study"]:
-            # The placeholder is there because a choice of one would not be a subcommand.
-            command = _choose(
-                _STUDIES | {"list": Study}, "lehr study", "Figures and tables of the papers.", arguments[1:]
-            )
-        else:
-            command = _choose(_COMMANDS, "lehr", "Evidence you can differentiate.", arguments)
+        command = parse(arguments)
         code = command.run(arguments)
     except InputError as error:
         print(f"lehr: {error}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        place = error.filename or "a file"
+        print(f"lehr: cannot read or write {place} ({error.strerror or error}): check its permissions", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
-        print("lehr: stopped at once; the last checkpoint is kept", file=sys.stderr)
+        print("lehr: stopped at once; what was saved is kept: go on with lehr train --resume FOLDER", file=sys.stderr)
         code = 130
     sys.exit(code)
 
 
-def _choose(commands: dict[str, Any], prog: str, description: str, arguments: list[str]) -> Any:
+def parse(arguments: list[str]) -> Any:
+    """The command, with its options. Raises `InputError` for values out of range; exits with 2 for unknown options."""
+    prog, commands, description = "lehr", _COMMANDS, "Evidence you can differentiate."
+    if arguments[:1] == ["study"]:
+        prog, commands, description = "lehr study", _STUDIES, "Figures and tables of the papers."
+        arguments = arguments[1:]
     return tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=description, args=arguments)
 
 

@@ -1,10 +1,9 @@
 """Tuning of kernels by what their runs report."""
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lehr.kernels import Hamiltonian, Langevin, Metropolis, RandomWalk
+from lehr.kernels import Metropolis
 
 
 def adapt_step_size(
@@ -24,7 +23,6 @@ def adapt_step_size(
 
     Source: Robbins, Monro 1951; Andrieu, Thoms 2008, section 5.1.
     """
-    move = kernel.kernel
-    assert isinstance(move, Hamiltonian | Langevin | RandomWalk)
-    log_step_size = move.log_step_size + rate * (acceptance[:, None] - target)
-    return eqx.tree_at(lambda k: k.kernel.log_step_size, kernel, log_step_size.astype(jnp.float32))
+    old = kernel.kernel.log_step_size
+    new = old + (rate * (acceptance[:, None] - target)).astype(old.dtype)
+    return eqx.tree_at(lambda k: k.kernel.log_step_size, kernel, new)

@@ -85,6 +85,8 @@ class AbstractMove(AbstractKernel):
     """An uncorrected kernel, which is also the proposal that `Metropolis` makes exact."""
 
     exact: ClassVar[bool] = False
+    #: log of the step size; see `split_steps` for its shapes
+    log_step_size: eqx.AbstractVar[Array]
     #: whether `propose` needs gradients at the point it starts from
     uses_gradient: eqx.AbstractClassVar[bool]
 

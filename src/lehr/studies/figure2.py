@@ -17,6 +17,7 @@ from lehr.vae.command_train import load_run
 from lehr.vae.data import fixed_subset
 from lehr.vae.model import VAE
 from lehr.vae.run_folder import RunFolder
+from lehr.vae.sampler import Sampler, tune
 from lehr.vae.train import initial_state
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ def measure(
     rows = []
     key_tune, key_run = jax.random.split(key)
     samplers = {
-        method: likelihood.Sampler(method, num_chains=num_chains, num_leapfrog=num_leapfrog)
+        method: Sampler(method, num_chains=num_chains, num_leapfrog=num_leapfrog)
         for method, num_leapfrog in _LEAPFROGS.items()
     }
-    tunings = {name: likelihood.tune(key_tune, model, tuning_images, sampler) for name, sampler in samplers.items()}
+    tunings = {name: tune(key_tune, model, tuning_images, sampler) for name, sampler in samplers.items()}
     for budget in budgets:
         importance, _ = likelihood.importance_bounds(key_run, model, test, num_samples=budget * num_chains)
         rows.append(_row("iwae", budget, importance))

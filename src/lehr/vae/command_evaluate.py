@@ -1,6 +1,5 @@
 """`lehr evaluate`: the likelihood of a trained model, with its errors, bounds and brackets."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,12 @@ from rich.table import Table
 
 from lehr.errors import InputError
 from lehr.vae import likelihood, plots
-from lehr.vae.command_train import load_run
+from lehr.vae.command_train import load_run, say
 from lehr.vae.data import ImageData, fixed_subset
 from lehr.vae.model import VAE
-from lehr.vae.run_folder import RunFolder
-from lehr.vae.setting import check_name
+from lehr.vae.run_folder import RunFolder, to_json, write_faults
+from lehr.vae.sampler import BASES, METHODS, Sampler, tune
+from lehr.vae.setting import check_name, check_seed
 from lehr.vae.train import initial_state
 
 if TYPE_CHECKING:
@@ -33,18 +33,19 @@ def evaluate(options: "Evaluate") -> int:
     console = Console(stderr=True)
     folder = RunFolder.open(options.folder)
     setting, data = load_run(folder, options.data_dir)
-    state = folder.restore(initial_state(setting, data.train), lambda sentence: console.print(f"lehr: {sentence}"))
+    state = folder.restore(initial_state(setting, data.train), lambda fault: say(console, f"lehr: {fault}"))
     with _progress(console) as stage:
         result = measure(state.trainable.model, data, options, stage)
     result = {"run": folder.path.name, "epochs": int(state.epoch), "objective": setting.objective, **result}
     name = f"evaluation-{options.method}"
     folder.write_json(f"{name}.json", result)
-    plots.draw_evaluation(folder.path / f"{name}.png", result)
+    with write_faults(folder.path):
+        plots.draw_evaluation(folder.path / f"{name}.png", result)
     if options.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         Console().print(_table(result))
-        console.print(f"{name}.json and {name}.png are in {folder.path}")
+        say(console, f"{name}.json and {name}.png are in {folder.path}")
     return 0
 
 
@@ -68,7 +69,7 @@ def measure(
     importance, elbo = bounds["test"]
     evidence, tuning, simulated, gradients = importance, None, None, 0
     if options.method != "iwae":
-        sampler = likelihood.Sampler(
+        sampler = Sampler(
             options.method,
             options.num_temperatures,
             options.num_chains,
@@ -79,7 +80,7 @@ def measure(
         # Tuning sees training images only: the estimate is of other images, with the kernel held fixed.
         tuning_images = jnp.asarray(fixed_subset(data.train, _NUM_TUNING_IMAGES))
         tuning_done = stage("tuning", 1)
-        tuned = likelihood.tune(key_tune, model, tuning_images, sampler)
+        tuned = tune(key_tune, model, tuning_images, sampler)
         tuning_done(1)
         kernel, tuning = tuned.kernel(sampler), tuned.report()
         evidence = likelihood.annealed_evidence(
@@ -120,8 +121,8 @@ def measure(
 
 
 def _check(options: "Evaluate") -> None:
-    check_name("method", options.method, likelihood.METHODS)
-    check_name("base", options.base, ("posterior", "prior"))
+    check_name("method", options.method, ("iwae", *METHODS))
+    check_name("base", options.base, BASES)
     for name in ("num_temperatures", "num_chains", "num_leapfrog", "num_images", "num_samples"):
         if getattr(options, name) < 1:
             raise InputError(f"{name} must be at least 1, but it is {getattr(options, name)}")
@@ -129,6 +130,7 @@ def _check(options: "Evaluate") -> None:
         raise InputError(f"num_simulated must be 0 or more, but it is {options.num_simulated}")
     if not 0 <= options.persistence < 1:
         raise InputError(f"persistence must be in [0, 1), but it is {options.persistence}")
+    check_seed(options.seed)
 
 
 def _value(evidence: likelihood.Evidence) -> dict[str, float]:
@@ -158,9 +160,9 @@ def _bracket(lower: likelihood.Evidence, upper: likelihood.Evidence) -> dict[str
     }
 
 
-def _mean_and_error(values: np.ndarray) -> dict[str, float]:
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
-    return {"mean": float(np.mean(values)), "error": error}
+def _mean_and_error(values: Any) -> dict[str, float]:
+    mean, error = likelihood.mean_and_error(values)
+    return {"mean": mean, "error": error}
 
 
 def _table(result: dict[str, Any]) -> Table:

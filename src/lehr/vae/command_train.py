@@ -1,6 +1,7 @@
 """`lehr train`: options to a run, with a progress bar, and a report at the end."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +25,8 @@ def train(options: "Train", arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
     if options.resume is None:
         setting = _setting_of(options)
+        if (options.data == "npz") != (options.file is not None):
+            raise InputError("--data npz and --file go together: give both or neither")
         data = image_data.load(options.data, options.data_dir, file=options.file)
         if setting.batch_size > len(data.train):
             raise InputError(
@@ -35,20 +38,27 @@ def train(options: "Train", arguments: Sequence[str]) -> int:
         )
     else:
         folder = RunFolder.open(options.resume)
-        setting, data = _resumed(options, arguments, folder.config())
-    console.print(
+        _check_resumed(options, arguments, folder)
+        setting, data = load_run(folder, options.data_dir)
+    say(
+        console,
         f"{data.name}: {len(data.train):,} images to train, {len(data.test):,} to test; objective {setting.objective}; "
-        f"folder {folder.path}"
+        f"folder {folder.path}",
     )
     try:
         rates = _run_with_progress(setting, data, folder, resume=options.resume is not None, console=console)
     except session.Interrupted as interrupted:
-        console.print(f"{interrupted}; go on with: lehr train --resume {folder.path}")
+        say(console, f"{interrupted}; go on with: lehr train --resume {shlex.quote(str(folder.path))}")
         return 130
     from lehr.vae.report import write_report
 
     print(write_report(folder, setting, data, session.images_per_second(rates)))
     return 0
+
+
+def say(console: Console, sentence: str) -> None:
+    """Prints a sentence as it is: Rich would break paths at the edge, and take brackets in them for markup."""
+    console.print(sentence, soft_wrap=True, markup=False, highlight=False)
 
 
 def _run_with_progress(
@@ -76,15 +86,16 @@ def _run_with_progress(
             )
             # A file or a pipe shows no bar: give it a line an epoch, not too many.
             if not console.is_terminal and (row["epoch"] % max(1, setting.epochs // 20) == 0):
-                console.print(
+                say(
+                    console,
                     f"epoch {row['epoch']}/{setting.epochs}  bound {row['train_bound']:.3f}  "
-                    f"test {row['test_bound']:.3f}  {rate:,.0f} images/s"
+                    f"test {row['test_bound']:.3f}  {rate:,.0f} images/s",
                 )
 
-        def say(sentence: str) -> None:
-            console.print(f"lehr: {sentence}; going back to the one before it")
-
-        session.run(setting, data, folder, resume=resume, on_epoch=on_epoch, say=say)
+        session.run(
+            setting, data, folder, resume=resume, on_epoch=on_epoch, say=lambda fault: say(console, f"lehr: {fault}")
+        )
+        progress.update(task, completed=setting.epochs)
     return rates
 
 
@@ -97,7 +108,7 @@ def _config(setting: Setting, options: "Train", data: image_data.ImageData) -> d
         "setting": dataclasses.asdict(setting),
         "data": {
             "name": data.name,
-            "file": None if options.file is None else str(options.file),
+            "file": None if options.file is None else str(options.file.absolute()),
             "fingerprint": data.fingerprint,
         },
         "versions": {"lehr": version("lehr"), "jax": version("jax"), "python": sys.version.split()[0]},
@@ -106,35 +117,52 @@ def _config(setting: Setting, options: "Train", data: image_data.ImageData) -> d
 
 def load_run(folder: RunFolder, data_dir: Path | None) -> tuple[Setting, image_data.ImageData]:
     """Setting and data of an existing run. Raises `InputError` if the data are not those it was trained on."""
-    config = folder.config()
-    try:
-        setting, about = Setting(**config["setting"]), config["data"]
-        file = None if about["file"] is None else Path(about["file"])
-        name, fingerprint = about["name"], about["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder.path}/config.json is not one that lehr train wrote ({error})") from error
+    setting, name, file, fingerprint = _parsed_config(folder)
+    what = f"the data set {name!r}"
+    if file is not None:
+        file = file if data_dir is None else data_dir / file.name
+        what = f"the array file {file}"
+        if not file.is_file():
+            raise InputError(
+                f"{what} of the run {folder.path} is not there: put it back, or name its folder with --data-dir"
+            )
     data = image_data.load(name, data_dir, file=file)
     if data.fingerprint != fingerprint:
-        raise InputError(f"the data set {name!r} is not the one that the run {folder.path} was trained on")
+        raise InputError(
+            f"{what} is not what the run {folder.path} was trained on: put that back, or train anew with another --out"
+        )
     return setting, data
 
 
-def _resumed(
-    options: "Train", arguments: Sequence[str], config: dict[str, Any]
-) -> tuple[Setting, image_data.ImageData]:
+def _parsed_config(folder: RunFolder) -> tuple[Setting, str, Path | None, str]:
+    """Setting, and name, file and fingerprint of the data."""
+    config = folder.config()
+    try:
+        data = config["data"]
+        file = None if data["file"] is None else Path(data["file"])
+        return Setting(**config["setting"]), data["name"], file, data["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder.path}/config.json is not one that lehr train wrote ({error}): restore it, or train anew"
+        ) from error
+
+
+def _check_resumed(options: "Train", arguments: Sequence[str], folder: RunFolder) -> None:
+    """Raises `InputError` for an option that was given and differs from the run's."""
     given = {
         argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument.startswith("--")
     }
-    stored = {**config.get("setting", {}), "data": config.get("data", {}).get("name")}
-    for name in sorted(given & stored.keys()):
-        if getattr(options, name) != stored[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} {getattr(options, name)} differs from {stored[name]} of the run "
-                f"{options.resume}: resume without it, or train anew with --out"
-            )
     if "out" in given:
         raise InputError("--out does not go with --resume: a run is resumed in its own folder")
-    return load_run(RunFolder.open(options.resume), options.data_dir)  # type: ignore[arg-type]
+    setting, data, file, _ = _parsed_config(folder)
+    stored = {**dataclasses.asdict(setting), "data": data, "file": file}
+    for name in sorted(given & stored.keys()):
+        value = getattr(options, name)
+        if (value.absolute() if isinstance(value, Path) else value) != stored[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value} differs from {stored[name]} of the run "
+                f"{folder.path}: resume without it, or train anew with --out"
+            )
 
 
 def _free_folder(name: str, objective: str) -> Path:

@@ -17,7 +17,8 @@ def draw_bounds(path: Path, metrics: list[dict[str, Any]], objective: str) -> No
         values = [row[name] for row in metrics]
         axes.plot(epochs, values, label=label, marker="." if len(epochs) < 40 else None)
     later = [row[name] for row in metrics[len(metrics) // 20 :] for name in ("train_bound", "test_bound")]
-    if len(metrics) > 20:
+    later = [value for value in later if np.isfinite(value)]
+    if len(metrics) > 20 and later:
         margin = 0.05 * (max(later) - min(later)) + 1e-3
         axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set(xlabel="epoch", ylabel="bound of log p(x), nats per image", title=f"objective {objective}")
@@ -64,7 +65,8 @@ def draw_evaluation(path: Path, result: dict[str, Any]) -> None:
     """Log likelihood by image, the bounds beside each other, tuning by temperature, and the sandwich."""
     figure, axes = _figure(10.0, 7.0, rows=2, columns=2)
     (top_left, top_right), (bottom_left, bottom_right) = axes
-    top_left.hist(result["log_likelihood_by_image"], bins="auto", color="C0")
+    by_image = np.asarray(result["log_likelihood_by_image"])
+    top_left.hist(by_image[np.isfinite(by_image)], bins=min(30, len(by_image)), color="C0")
     top_left.set(xlabel="log p(x), nats", ylabel="test images", title=f"{result['method']}, each test image")
 
     rows = [("ELBO", result["elbo"]), (f"L_{result['num_samples']}", result["importance_bound"])]

@@ -127,10 +127,8 @@ class RunFolder:
                 if _digest(found["state"]) != found["digest"]["sha256"]:
                     raise ValueError("its contents do not match their SHA-256")
             except Exception as error:
-                aside = self._move_aside(epoch)
-                say(
-                    f"the checkpoint of epoch {epoch} is damaged ({_reason(error)}): moved to {aside}, using the one before"
-                )
+                fault = f"the checkpoint of epoch {epoch} is damaged ({_reason(error)})"
+                say(f"{fault}: moved to {self._move_aside(epoch)}, going on with the one before it")
                 continue
             static = eqx.filter(like, eqx.is_array, inverse=True)
             structure = jax.tree.structure(eqx.filter(like, eqx.is_array))

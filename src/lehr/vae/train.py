@@ -127,7 +127,7 @@ def make_epoch(setting: Setting, num_images: int) -> Callable[[TrainState, Array
         if acceptance is not None:
             adapted = adapt_step_size(trainable.kernel, acceptance.mean(axis=0), target=0.6, rate=0.05)
             trainable = eqx.tree_at(lambda t: t.kernel, trainable, adapted)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, gradient))]).all()
         return TrainState(trainable, optimiser_state, state.epoch), jnp.where(finite, -loss, jnp.nan)
 
     @eqx.filter_jit
