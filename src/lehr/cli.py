@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = 2
     except OSError as error:
         place = error.filename or "a file"
-        print(f"lehr: cannot read or write {place} ({error.strerror or error}): check its permissions", file=sys.stderr)
+        why = error.strerror or error
+        print(f"lehr: cannot read or write {place} ({why}): check its permissions and the free space", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("lehr: stopped at once; what was saved is kept: go on with lehr train --resume FOLDER", file=sys.stderr)

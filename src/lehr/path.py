@@ -1,6 +1,6 @@
 """The geometric path from a base to a target, and the schedule of inverse temperatures along it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -155,9 +155,10 @@ class Schedule(eqx.Module):
         return self.logits.shape[0]
 
     @property
-    def betas(self) -> Float[Array, " num_steps+1"]:
-        """The inverse temperatures, the ends exactly 0 and 1."""
-        inner = jnp.cumsum(jax.nn.softmax(self.logits))[:-1]
+    def betas(self) -> Float[Array, " num_betas"]:
+        """The K + 1 inverse temperatures, the ends exactly 0 and 1."""
+        # A parallel sum of many small increments rounds; it must not fall, nor pass 1.
+        inner = jnp.minimum(jax.lax.cummax(jnp.cumsum(jax.nn.softmax(self.logits))[:-1]), 1)
         end = jnp.ones((1,), inner.dtype)
         return jnp.concatenate([0 * end, inner, end])
 
@@ -187,7 +188,7 @@ class Schedule(eqx.Module):
         return cls.from_betas(np.concatenate([[0.0], betas[1:-1], [1.0]]))
 
     @classmethod
-    def from_betas(cls, betas: ArrayLike) -> "Schedule":
+    def from_betas(cls, betas: ArrayLike | Sequence[ArrayLike]) -> "Schedule":
         """The schedule with the given inverse temperatures, K + 1 of them from 0 to 1.
 
         Raises `InputError` unless they increase strictly from 0 to 1.
@@ -198,7 +199,7 @@ class Schedule(eqx.Module):
                 "a schedule must increase strictly from 0 to 1, for example [0, 0.5, 1]; "
                 f"this one is {np.array2string(betas, threshold=8)}"
             )
-        return cls(jnp.log(jnp.asarray(np.diff(betas))))
+        return cls(jnp.asarray(np.log(np.diff(betas))))
 
 
 def _at_least_one(num_steps: int) -> int:

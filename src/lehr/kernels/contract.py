@@ -10,7 +10,7 @@ inverse up to the sign of the momentum, whose distribution is symmetric, and the
 """
 
 import abc
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -65,7 +65,7 @@ class AbstractKernel(eqx.Module):
         del noise
         return state
 
-    def split_steps(self, num_steps: int, dimension: int) -> tuple[Self, Self]:
+    def split_steps(self, num_steps: int, dimension: int) -> tuple[Any, Any]:
         """Splits into what differs by step (leaves with a leading axis K) and the rest; `equinox.combine` joins a row.
 
         Raises `InputError` for a parameter whose shape is none of (), (d,), (K, 1), (K, d).
@@ -117,4 +117,4 @@ def log_of_positive(name: str, value: ArrayLike) -> Array:
     if is_concrete(value) and not (np.all(np.asarray(value) > 0) and np.all(np.isfinite(np.asarray(value)))):
         raise InputError(f"{name} must be positive and finite, but it is {value}")
     value = jnp.asarray(value, dtype=jnp.result_type(float))
-    return jnp.log(eqx.error_if(value, ~(value > 0), f"{name} must be positive"))
+    return jnp.log(eqx.error_if(value, ~((value > 0) & (value < jnp.inf)), f"{name} must be positive and finite"))

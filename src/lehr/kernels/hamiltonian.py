@@ -151,4 +151,6 @@ def _logit_of_persistence(persistence: ArrayLike) -> Array | None:
         if np.any(values == 0):
             raise InputError("persistence must be zero at every step or positive at every step")
     value = jnp.asarray(persistence, dtype=jnp.result_type(float))
+    # A traced zero would be the end of the logit's range: fresh momentum is a structure, not a value.
+    value = eqx.error_if(value, ~((value > 0) & (value < 1)), "a traced persistence must be inside (0, 1)")
     return jnp.log(value) - jnp.log1p(-value)

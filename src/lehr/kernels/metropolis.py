@@ -59,7 +59,9 @@ class Metropolis(AbstractKernel):
         accept = log_uniform < gained
         state = jax.tree.map(lambda new, old: jnp.where(accept, new, old), proposal.state, self.kernel.flip(state))
         probability = jnp.where(jnp.isnan(gained), 0, jnp.exp(jnp.minimum(gained, 0)))
-        return Transition(_forbid_gradient(state), None, probability)
+        # `gained` too: a random walk's proposal does not depend on beta, its acceptance does.
+        state, probability, _ = _forbid_gradient((state, probability, gained))
+        return Transition(state, None, probability)
 
     def refresh(self, state: State, noise: Any) -> State:
         return self.kernel.refresh(state, noise[0])

@@ -76,8 +76,11 @@ class RunFolder:
         path = self.path / _METRICS
         rows = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
+            # A flipped byte may leave JSON that is no row.
+            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
+                row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+                _ = int(row["epoch"]), float(row["train_bound"]), float(row["test_bound"])
+                rows.append(row)
         return rows
 
     def append_metrics(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,37 @@
+"""What every test shares: runtime checks of shapes and types, one settable seed, and the choice of slow tests."""
+
+import os
+import zlib
+
+# The tests compile much and run little: unoptimised code compiles in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+from tests.statistics import SEED
+
+# Before anything imports lehr: every annotated shape is checked at run time in the tests.
+install_import_hook("lehr", "beartype.beartype")
+
+
+@pytest.fixture
+def key(request):
+    """A key of its own for each test; LEHR_TEST_SEED changes them all."""
+    return jax.random.fold_in(jax.random.key(SEED), zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the test: finite differences and Jacobians need it."""
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

@@ -1,0 +1,81 @@
+"""The arithmetic that float32 depends on, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lehr.numerics import bernoulli_log_prob, compensated_add, softplus
+
+LOGITS = np.array([-1e30, -1e4, -200.0, -80.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 80.0, 200.0, 1e4, 1e30])
+
+
+def sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def test_softplus_and_two_derivatives():
+    x = jnp.asarray(LOGITS, jnp.float32)
+    truth = np.asarray(x, np.float64)
+    derivative = jax.grad(softplus)
+    # Relative: below -20 a value that is merely close to zero would have lost all its digits.
+    np.testing.assert_allclose(softplus(x), np.logaddexp(0, truth), rtol=2e-6, atol=1e-37)
+    np.testing.assert_allclose(jax.vmap(derivative)(x), sigmoid(truth), rtol=2e-5, atol=1e-37)
+    # s(x) s(-x) is tiny, not 0 * inf, at both ends.
+    second = jax.vmap(jax.grad(derivative))(x)
+    np.testing.assert_allclose(second, sigmoid(truth) * sigmoid(-truth), rtol=2e-5, atol=1e-7)
+
+
+def test_softplus_keeps_float32_under_x64(x64):
+    assert softplus(jnp.ones(2, jnp.float32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bit", [0.0, 1.0])
+def test_bernoulli_log_prob_and_gradient(bit):
+    x = jnp.asarray(LOGITS, jnp.float32)
+    truth = np.asarray(x, np.float64)
+    bits = jnp.full_like(x, bit)
+    value = bernoulli_log_prob(x, bits)
+    # log(1 - p) = log sigmoid(-x): the textbook bit log p + (1 - bit) log(1 - p) is -inf or NaN from 20 upwards.
+    np.testing.assert_allclose(value, -np.logaddexp(0, -truth if bit else truth), rtol=2e-6, atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(bernoulli_log_prob(x, bits)))(x)
+    np.testing.assert_allclose(gradient, bit - sigmoid(truth), rtol=2e-5, atol=1e-6)
+
+
+def test_bernoulli_probabilities_sum_to_one():
+    x = jnp.linspace(-5, 5, 11)
+    total = jnp.exp(bernoulli_log_prob(x, jnp.ones(11))) + jnp.exp(bernoulli_log_prob(x, jnp.zeros(11)))
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+def compensated_sum(terms, start=0.0):
+    def step(carry, term):
+        return compensated_add(*carry, term), None
+
+    zero = jnp.zeros((), terms.dtype)
+    (total, lost), _ = jax.lax.scan(step, (zero + start, zero), terms)
+    return total, lost
+
+
+def test_compensated_sum_is_exact_to_one_rounding():
+    rng = np.random.default_rng(0)
+    terms = (100 + rng.normal(size=1000)).astype(np.float32)
+    exact = np.sum(terms, dtype=np.float64)
+    total, lost = compensated_sum(jnp.asarray(terms))
+    plain = jax.lax.scan(lambda total, term: (total + term, None), jnp.float32(0), jnp.asarray(terms))[0]
+    assert abs(float(total + lost) - exact) <= np.spacing(np.float32(exact)) / 2
+    assert abs(float(plain) - exact) > 5 * np.spacing(np.float32(exact))
+
+
+def test_compensated_sum_recovers_what_a_huge_term_hides():
+    # The branch of Neumaier that Kahan's sum lacks: the term is larger than the total.
+    total, lost = compensated_sum(jnp.array([1.0, 1e9, 1.0, -1e9], jnp.float32))
+    assert total + lost == 2
+
+
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_compensated_sum_of_minus_infinity(position):
+    # A particle outside the support has weight zero, not NaN.
+    terms = jnp.array([1.0, -2.0, 3.0, 0.5]).at[position].set(-jnp.inf)
+    total, lost = compensated_sum(terms)
+    assert total + lost == -jnp.inf

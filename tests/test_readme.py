@@ -1,0 +1,34 @@
+"""The README runs: its Python block as it stands, and its commands at least parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lehr import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_block_runs_and_prints_the_truth_it_states(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    truth = float(re.search(r"= log\(pi\) = (\d\.\d+)|log\(pi\) = (\d\.\d+)", block).group(2))
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    estimate, error = map(float, re.search(r"log Z = (\S+) \+- (\S+)", printed).groups())
+    assert 0 < error < 0.1
+    assert abs(estimate - truth) < 5 * error
+    bound = float(re.search(r"after training: (\S+)", printed).group(1))
+    # One noisy draw of a lower bound that training has brought near: before it, it is below zero.
+    assert truth - 0.7 < bound < truth + 0.7
+
+
+@pytest.mark.parametrize("command", re.findall(r"^lehr (.*)$", README, flags=re.MULTILINE))
+def test_commands_parse(command):
+    cli.parse(shlex.split(command))
+
+
+def test_the_two_commands_are_there():
+    assert "\npip install . && lehr train\n" in README
+    assert '\npip install -e ".[test]" && pytest\n' in README
