@@ -114,7 +114,8 @@ def _draw_grid(path: Path, images: np.ndarray, image_shape: tuple[int, int], col
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         sheet[top : top + height, left : left + width] = np.asarray(image).reshape(image_shape)
-    figure, axes = _figure(6.4, 6.4 * sheet.shape[0] / sheet.shape[1] + 0.4)
+    # Images of one column would make a picture longer than Matplotlib can write.
+    figure, axes = _figure(6.4, min(6.4 * sheet.shape[0] / sheet.shape[1], 20.0) + 0.4)
     axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10)

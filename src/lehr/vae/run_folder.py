@@ -13,7 +13,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from lehr.errors import InputError
@@ -21,6 +20,7 @@ from lehr.errors import InputError
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
+_SUMS = "SHA256SUMS"
 
 
 class RunFolder:
@@ -28,7 +28,8 @@ class RunFolder:
 
         config.json    what decides the numbers
         metrics.jsonl  one line an epoch
-        checkpoints/   the newest states, each complete or absent (Orbax renames them into place)
+        checkpoints/   the newest states, each complete or absent (Orbax renames them into place), with SHA256SUMS
+        damaged/       checkpoints whose files have changed
 
     Every file is written beside its place and renamed.
     """
@@ -102,12 +103,9 @@ class RunFolder:
         # TensorStore reports a full disk as a ValueError.
         with write_faults(self.path, Exception), _quiet_absl():
             if self._manager().latest_step() != epoch:
-                self._manager().save(
-                    epoch,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(arrays), digest=ocp.args.JsonSave({"sha256": _digest(arrays)})
-                    ),
-                )
+                self._manager().save(epoch, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)))
+                sums = _sha256sums(self.path / _CHECKPOINTS / str(epoch))
+                self._write(f"{_CHECKPOINTS}/{epoch}/{_SUMS}", sums)
 
     def is_fresh(self) -> bool:
         """Whether nothing has been saved yet: the run was stopped before its first epoch."""
@@ -122,13 +120,11 @@ class RunFolder:
         for epoch in sorted(self._manager().all_steps(), reverse=True):
             # Whatever a damaged file makes the reader raise, the remedy is the checkpoint before it.
             try:
+                self._check_files(epoch)
                 with _quiet_absl():
                     found = self._manager().restore(
-                        epoch,
-                        args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), digest=ocp.args.JsonRestore()),
+                        epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
                     )
-                if _digest(found["state"]) != found["digest"]["sha256"]:
-                    raise ValueError("its contents do not match their SHA-256")
             except Exception as error:
                 fault = f"the checkpoint of epoch {epoch} is damaged ({_reason(error)})"
                 say(f"{fault}: moved to {self._move_aside(epoch)}, going on with the one before it")
@@ -144,6 +140,16 @@ class RunFolder:
             self._checkpoints.close()
             self._checkpoints = None
 
+    def _check_files(self, epoch: int) -> None:
+        """Raises `ValueError` if a file is not what was written.
+
+        TensorStore does not notice each flipped bit, and Orbax prints pages of tracebacks for those that it notices.
+        """
+        folder = self.path / _CHECKPOINTS / str(epoch)
+        # Without the sums the run was stopped in the instant before they were written.
+        if (folder / _SUMS).exists() and (folder / _SUMS).read_bytes() != _sha256sums(folder).encode():
+            raise ValueError(f"its files do not match their {_SUMS}")
+
     def _move_aside(self, epoch: int) -> Path:
         """Moves a damaged checkpoint, so that its epoch can be saved again; nothing is deleted."""
         self.close()
@@ -157,13 +163,13 @@ class RunFolder:
     def _manager(self) -> ocp.CheckpointManager:
         if self._checkpoints is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-            with write_faults(self.path):
+            with write_faults(self.path), _quiet_absl():
                 self._checkpoints = ocp.CheckpointManager((self.path / _CHECKPOINTS).absolute(), options=options)
         return self._checkpoints
 
     def _write(self, name: str, text: str) -> Path:
         path = self.path / name
-        beside = path.with_name(f".{name}.partial")
+        beside = path.with_name(f".{path.name}.partial")
         with write_faults(self.path):
             with beside.open("w") as file:
                 file.write(text)
@@ -178,13 +184,10 @@ def _named_arrays(state: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _digest(arrays: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def _sha256sums(folder: Path) -> str:
+    """A line for each file, as `sha256sum` writes and checks them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _SUMS not in path.name)
+    return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files)
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:

@@ -17,7 +17,7 @@ from lehr.vae.run_folder import RunFolder
 from lehr.vae.setting import Setting
 from lehr.vae.train import TrainState, initial_state, learning_rates, make_epoch, make_test_bound
 
-#: at most this long between checkpoints (and at least once an epoch, where an epoch takes longer)
+#: at least this long between checkpoints, which follow an epoch; the last epoch is always saved
 CHECKPOINT_SECONDS = 20.0
 #: test images on which the bound is followed during training
 NUM_TEST_IMAGES = 1000
@@ -68,7 +68,7 @@ def run(
     steps_per_epoch = len(data.train) // setting.batch_size
     learning_rate = learning_rates(setting.epochs, steps_per_epoch)
     saved_at = time.monotonic()
-    with _deferred_signals() as stopped:
+    with _deferred_signals(say) as stopped:
         while (done := int(state.epoch)) < setting.epochs:
             started = time.monotonic()
             new_state, bounds = epoch(state, train)
@@ -119,7 +119,7 @@ def images_per_second(rates: list[float]) -> float:
 
 
 @contextmanager
-def _deferred_signals() -> Iterator[Callable[[], bool]]:
+def _deferred_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """The first SIGINT or SIGTERM lets the epoch finish; the second stops at once."""
     received = []
 
@@ -127,6 +127,7 @@ def _deferred_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         for each, old in previous.items():
             signal.signal(each, old)
+        say("stopping after this epoch, then saving; once more stops at once")
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
