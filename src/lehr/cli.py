@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The command, with its options. Raises `InputError` for values out of range; exits with 2 for unknown options."""
+    """The command, with its options (their ranges are checked when it runs); exits with 2 for unknown ones."""
     prog, commands, description = "lehr", _COMMANDS, "Evidence you can differentiate."
     if arguments[:1] == ["study"]:
         prog, commands, description = "lehr study", _STUDIES, "Figures and tables of the papers."

@@ -26,6 +26,9 @@ class Train(Setting):
     resume: Path | None = None
     """go on with the run in this folder; its configuration holds"""
 
+    def __post_init__(self):
+        """Checks nothing: Tyro would frame the message. `run` makes the `Setting` itself."""
+
     def run(self, arguments: list[str]) -> int:
         """Trains, reports, and returns the exit code."""
         from lehr.vae.command_train import train

@@ -1,12 +1,14 @@
 """The folder of a run: its configuration, metrics and checkpoints, written so that an interruption loses nothing."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,16 @@ class RunFolder:
     def create(cls, path: Path, config: dict[str, Any]) -> "RunFolder":
         """A folder for a new run.
 
-        Raises `InputError` if it holds another run (or what is left of one), or cannot be written.
+        Raises `InputError` if it holds another run (or what is left of one), or cannot hold one.
         """
         if any((path / name).exists() for name in (_CONFIG, _METRICS, _CHECKPOINTS)):
             raise InputError(
                 f"{path} already holds a run: go on with it by --resume {path}, or give another folder with --out"
+            )
+        # Orbax looks for what it has saved by a pattern, in which [ begins a set of characters.
+        if "[" in str(path.absolute()):
+            raise InputError(
+                f"{path} cannot hold a run, because its checkpoints could not be read: use a path without ["
             )
         folder = cls(path)
         with write_faults(path):
@@ -64,8 +71,8 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The configuration. Raises `InputError` if the file is damaged."""
         try:
-            return json.loads((self.path / _CONFIG).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return dict(json.loads((self.path / _CONFIG).read_text()))
+        except (ValueError, TypeError) as error:  # of the encoding, of JSON, or of something else than an object
             raise InputError(f"{self.path / _CONFIG} is damaged ({error}): restore it, or train anew") from error
 
     def write_json(self, name: str, content: Any) -> Path:
@@ -100,8 +107,11 @@ class RunFolder:
     def save(self, epoch: int, state: Any) -> None:
         """Writes a checkpoint of the state after `epoch` epochs, and keeps the newest three."""
         arrays = _named_arrays(state)
-        # TensorStore reports a full disk as a ValueError.
+        # TensorStore reports a full disk as a ValueError, after pages of tracebacks from its threads: look first.
+        needed = 2 * sum(array.nbytes for array in arrays.values()) + 2**20
         with write_faults(self.path, Exception), _quiet_absl():
+            if shutil.disk_usage(self.path).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._manager().latest_step() != epoch:
                 self._manager().save(epoch, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)))
                 sums = _sha256sums(self.path / _CHECKPOINTS / str(epoch))

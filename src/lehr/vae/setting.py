@@ -32,7 +32,7 @@ class Setting:
     """dimension of the latent z"""
     hidden: int = 200
     """units in each hidden layer"""
-    epochs: int = 100
+    epochs: int = 60
     """passes over the training images"""
     batch_size: int = 128
     """images in a batch"""
