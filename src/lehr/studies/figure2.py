@@ -1,7 +1,7 @@
 """Figure 2 of the DAIS paper: the likelihood of one trained model by IWAE, AIS, HAIS and DAIS, against gradients."""
 
 import dataclasses
-import json
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from rich.console import Console
 
 from lehr.errors import InputError
 from lehr.vae import likelihood
-from lehr.vae.command_train import load_run
+from lehr.vae.command_train import load_run, say
 from lehr.vae.data import fixed_subset
 from lehr.vae.model import VAE
-from lehr.vae.run_folder import RunFolder
+from lehr.vae.run_folder import RunFolder, to_json, write_faults
 from lehr.vae.sampler import Sampler, tune
 from lehr.vae.train import initial_state
 
@@ -32,13 +32,14 @@ def figure2(options: "Figure2") -> int:
     if options.num_images < 2 or options.num_chains < 2 or options.max_gradients < 10:
         raise InputError("figure2 needs at least 2 images, 2 chains and 10 gradients: give larger numbers")
     console = Console(stderr=True)
+    tell = functools.partial(say, console)
     folder = RunFolder.open(options.folder)
     setting, data = load_run(folder, options.data_dir)
-    model = folder.restore(initial_state(setting, data.train), console.print).trainable.model
+    model = folder.restore(initial_state(setting, data.train), tell).trainable.model
     test = jnp.asarray(fixed_subset(data.test, options.num_images))
     tuning_images = jnp.asarray(fixed_subset(data.train, 16))
     budgets = _budgets(options.max_gradients)
-    rows = measure(jax.random.key(options.seed), model, test, tuning_images, budgets, options.num_chains, console.print)
+    rows = measure(jax.random.key(options.seed), model, test, tuning_images, budgets, options.num_chains, tell)
     result = {
         "run": folder.path.name,
         "num_images": len(test),
@@ -47,14 +48,15 @@ def figure2(options: "Figure2") -> int:
         "agreement": _agreement(rows, budgets[-1]),
     }
     folder.write_json("figure2.json", result)
-    draw(result).savefig(folder.path / "figure2.png", dpi=120)
+    with write_faults(folder.path):
+        draw(result).savefig(folder.path / "figure2.png", dpi=120)
     if options.json:
-        print(json.dumps(result))
+        print(to_json(result))
     for line in result["agreement"]:
-        console.print(
+        tell(
             f"{line['pair']} at {budgets[-1]:,} gradients a chain: {line['difference']:+.3f} ± {line['error']:.3f} nats"
         )
-    console.print(f"figure2.json and figure2.png are in {folder.path}")
+    tell(f"figure2.json and figure2.png are in {folder.path}")
     return 0
 
 
@@ -65,7 +67,7 @@ def measure(
     tuning_images: jax.Array,
     budgets: list[int],
     num_chains: int,
-    say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """One row per method and budget (gradients a chain; an importance sample counts as one): NLL and its chain error.
 
@@ -87,7 +89,7 @@ def measure(
             kernel = tunings[method].kernel(sampler)
             evidence = likelihood.annealed_evidence(key_run, model, test, sampler, kernel, batch_size=len(test))
             rows.append(_row(method, budget, evidence))
-        say(f"{budget} gradients a chain: " + ", ".join(f"{r['method']} {r['nll']:.3f}" for r in rows[-4:]))
+        tell(f"{budget} gradients a chain: " + ", ".join(f"{r['method']} {r['nll']:.3f}" for r in rows[-4:]))
     return rows
 
 

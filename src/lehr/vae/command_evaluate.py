@@ -173,7 +173,8 @@ def _table(result: dict[str, Any]) -> Table:
     table.add_row(
         f"negative log-likelihood ({result['method']})",
         f"{nll['mean']:.3f}",
-        f"{nll['error_over_images']:.3f} over images, {nll['error_over_chains']:.3f} over chains",
+        f"{nll['error_over_images']:.3f} over images, {nll['error_over_chains']:.3f} over "
+        f"{'samples' if result['method'] == 'iwae' else 'chains'}",
     )
     for label, name in ((f"-L_{result['num_samples']}", "importance_bound"), ("-ELBO", "elbo")):
         row = result[name]
