@@ -254,7 +254,7 @@ def test_persistence_is_zero_everywhere_or_nowhere():
 
 @pytest.mark.parametrize("num_leapfrog", [0, -2])
 def test_there_is_at_least_one_leapfrog(num_leapfrog):
-    with pytest.raises(InputError, match=f"num_leapfrog must be at least 1, but it is {num_leapfrog}"):
+    with pytest.raises(InputError, match=f"a whole number of at least 1, but it is {num_leapfrog}"):
         Hamiltonian(0.1, num_leapfrog=num_leapfrog)
 
 

@@ -194,9 +194,9 @@ def test_aiwae_gradients_are_those_of_the_paper(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), target_gradient, expected)
     assert np.ptp(w / w.sum()) > 0.01
 
-    # Base parameters: those of the one-sample ELBO.
+    # Base parameters: those of the ELBO with as many samples.
     key_elbo = jax.random.split(key)[1]
-    expected = jax.jit(jax.grad(lambda base: objectives.elbo(base, target, key_elbo)))(annealer.base)
+    expected = jax.jit(jax.grad(lambda base: objectives.elbo(base, target, key_elbo, num_samples=6)))(annealer.base)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), annealer_gradient.base, expected)
     assert np.abs(expected.loc).max() > 0.01
 
@@ -215,3 +215,17 @@ def test_aiwae_of_a_closure_over_what_is_trained_raises(key):
 
     with pytest.raises(TypeError, match="stop_gradient"):
         jax.grad(bound)(target.log_mass)
+
+
+def test_aiwae_refuses_an_uncorrected_kernel(key):
+    # Differentiated through, it would add the gradient of the chain to that of the paper.
+    annealer, target = aiwae_parts()
+    uncorrected = Annealer(annealer.base, annealer.schedule, annealer.kernel.kernel)
+    with pytest.raises(InputError, match="use davi"):
+        objectives.aiwae(uncorrected, target, key, num_particles=2)
+
+
+@pytest.mark.parametrize("objective", [objectives.elbo, objectives.iwae])
+def test_no_sample_is_refused(objective, key):
+    with pytest.raises(InputError, match="num_samples must be at least 1"):
+        objective(targets.base_2d(), targets.mixture_2d(), key, num_samples=0)

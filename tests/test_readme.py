@@ -32,3 +32,8 @@ def test_commands_parse(command):
 def test_the_two_commands_are_there():
     assert "\npip install . && lehr train\n" in README
     assert '\npip install -e ".[test]" && pytest\n' in README
+
+
+def test_every_file_it_names_is_there():
+    for name in re.findall(r"\]\(([^):]+)\)", README):
+        assert (Path(__file__).parents[1] / name).exists(), f"README.md links to {name}"

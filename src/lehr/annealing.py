@@ -38,8 +38,9 @@ def anneal(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_pa
         x_0 ~ base,   x_k ~ T_k(. | x_{k-1}),
         log w = log f_K(x_K) - log f_0(x_0) + sum_k log [L_k(x_{k-1} | x_k) / T_k(x_k | x_{k-1})],   E[w] = Z.
 
-    Uncorrected kernels are summed as written: one target value and one base value in all. Exact kernels are summed in
-    the equal but incremental form sum_k (beta_k - beta_{k-1}) [log target - log base](x_{k-1}).
+    Uncorrected kernels are summed as written (`Hamiltonian` needs one value of the target and one of the base in all,
+    the others one a step). Exact kernels are summed in the equal but incremental form
+    sum_k (beta_k - beta_{k-1}) [log target - log base](x_{k-1}).
 
     Arguments:
         key: a PRNG key.

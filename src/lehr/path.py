@@ -63,9 +63,7 @@ class Tempered(eqx.Module):
         """log f at an evaluated point; no work."""
         assert point.log_base is not None
         assert point.log_target is not None
-        # At beta = 1 the base may be zero where the target is not, and 0 * inf must not hide it.
-        mixed = self._mix(point.log_base, point.log_target)
-        return jnp.where(self.beta == 1, point.log_target, mixed)
+        return self._mix(point.log_base, point.log_target)
 
     def gradient_at(self, point: Point) -> Float[Array, " dim"]:
         """grad log f at a point that was evaluated with its gradients; no work."""
@@ -76,7 +74,8 @@ class Tempered(eqx.Module):
         return self.problem.evaluate(position, gradient=gradient)
 
     def _mix(self, base: Any, target: Any) -> Any:
-        return (1 - self.beta) * base + self.beta * target
+        # At beta = 1 the base may be zero where the target is not, and 0 * inf must not hide it.
+        return jnp.where(self.beta == 1, target, (1 - self.beta) * base + self.beta * target)
 
 
 class Problem(eqx.Module):

@@ -39,7 +39,7 @@ def test_tuning_of_dais_takes_the_best_step_of_its_ladder(key):
     assert tuning.acceptance is None
     best = tuning.step_size[0]
     assert np.all(tuning.step_size == best)
-    assert np.any(np.isclose(best, 0.02 * 1.25 ** np.arange(15)))
+    assert np.any(np.isclose(best, 0.01 * 1.3 ** np.arange(18)))
 
     def bound(step_size):
         kernel = sampler.kernel(jnp.full((40, 1), step_size))

@@ -202,13 +202,15 @@ def test_a_second_signal_stops_at_once(tmp_path):
     folder.close()
 
 
-def test_a_signal_in_the_last_epoch_lets_the_run_finish(whole, tmp_path):
+def test_after_a_signal_in_the_last_epoch_only_the_report_is_left(whole, tmp_path):
     def on_epoch(row, images_per_second):
         if row["epoch"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     folder = new(tmp_path / "run")
-    state = session.run(tiny_setting(), tiny_data(), folder, on_epoch=on_epoch)
+    with pytest.raises(session.Interrupted, match="stopped after epoch 4 of 4, and saved"):
+        session.run(tiny_setting(), tiny_data(), folder, on_epoch=on_epoch)
+    state = session.run(tiny_setting(), tiny_data(), folder, resume=True)
     folder.close()
     assert_same(folder, state, whole)
 

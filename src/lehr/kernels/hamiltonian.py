@@ -58,9 +58,9 @@ class Hamiltonian(AbstractMove):
         self.log_step_size = log_of_positive("step_size", step_size)
         self.log_momentum_scale = log_of_positive("momentum_scale", momentum_scale)
         self.logit_persistence = _logit_of_persistence(persistence)
-        if num_leapfrog < 1:
-            raise InputError(f"num_leapfrog must be at least 1, but it is {num_leapfrog}")
-        self.num_leapfrog = num_leapfrog
+        if num_leapfrog != int(num_leapfrog) or num_leapfrog < 1:
+            raise InputError(f"num_leapfrog must be a whole number of at least 1, but it is {num_leapfrog}")
+        self.num_leapfrog = int(num_leapfrog)
 
     @property
     def step_size(self) -> Array:
@@ -93,33 +93,33 @@ class Hamiltonian(AbstractMove):
 
     def move(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
-        h = self._h
-        x, u, log_ratio = state.point.position, state.momentum, jnp.zeros((), state.point.position.dtype)
-        assert u is not None
-        x = x + h / 2 * u
-        for leapfrog in range(self.num_leapfrog):
-            u, gained = _kick(u, h * density.gradient(x))
-            log_ratio += gained
-            x = x + (h / 2 if leapfrog == self.num_leapfrog - 1 else h) * u
-        return Transition(State(Point(x), u), log_ratio)
+        assert state.momentum is not None
+        h, u = self._h, state.momentum
+        x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h / 2 * u, u)
+        u, gained = _kick(u, h * density.gradient(x))
+        return Transition(State(Point(x + h / 2 * u), u), log_ratio + gained)
 
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
-        h = self._h
         assert state.momentum is not None
-        u, log_ratio = _kick(state.momentum, h / 2 * density.gradient_at(state.point))
+        h = self._h
+        u, first = _kick(state.momentum, h / 2 * density.gradient_at(state.point))
+        x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h * u, u)
+        point = density.evaluate(x, gradient=True)
+        u, last = _kick(u, h / 2 * density.gradient_at(point))
+        return Transition(State(point, u), first + log_ratio + last)
 
-        def leapfrog(carry, _):
+    def _kicks_and_drifts(self, density: Tempered, x: Array, u: Array) -> tuple[Array, Array, Array]:
+        """The whole kicks and drifts between the two ends of a trajectory: all leapfrogs but one."""
+        h = self._h
+
+        def kick_and_drift(carry, _):
             x, u, log_ratio = carry
-            x = x + h * u
             u, gained = _kick(u, h * density.gradient(x))
-            return (x, u, log_ratio + gained), None
+            return (x + h * u, u, log_ratio + gained), None
 
-        carry = (state.point.position, u, log_ratio)
-        (x, u, log_ratio), _ = jax.lax.scan(leapfrog, carry, length=self.num_leapfrog - 1)
-        point = density.evaluate(x + h * u, gradient=True)
-        u, gained = _kick(u, h / 2 * density.gradient_at(point))
-        return Transition(State(point, u), log_ratio + gained)
+        carry = (x, u, jnp.zeros((), x.dtype))
+        return jax.lax.scan(kick_and_drift, carry, length=self.num_leapfrog - 1)[0]
 
     def refresh(self, state: State, noise: Any) -> State:
         if self.logit_persistence is None:

@@ -1,7 +1,8 @@
 """Objectives: lower bounds of the log evidence, to be maximised with `jax.grad` and `optax`.
 
-Each is a function `(what is trained..., key, *, options) -> scalar`, a bound in nats for one data set (for one image);
-`jax.vmap` runs it over many.
+Each is a function `(base or annealer, log_target, key, *, options) -> scalar`, a bound in nats for one data set (for
+one image); what is trained comes first, for `jax.grad`. `aiwae` returns its particles too, for `has_aux=True`.
+`jax.vmap` runs them over many data sets.
 """
 
 from lehr.objectives.aiwae import aiwae

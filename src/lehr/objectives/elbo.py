@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lehr.errors import InputError
 from lehr.path import LogDensity, Problem
 
 
 def log_weights(base: Any, log_target: LogDensity, key: PRNGKeyArray, num_samples: int) -> Float[Array, " num_samples"]:
     """log target(x_i) - log base(x_i) for independent x_i ~ base: annealing without a step."""
+    if num_samples < 1:
+        raise InputError(f"num_samples must be at least 1, but it is {num_samples}")
     problem = Problem(base, log_target)
 
     def one_sample(key):
@@ -29,6 +32,8 @@ def elbo(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: i
         num_samples: S.
 
     **Gradient**: unbiased for the bound (full Monte Carlo, reparameterised).
+
+    Raises `lehr.errors.InputError` for fewer than one sample, or shapes that do not fit.
 
     Source: Kingma, Welling 2014, equation (7).
     """

@@ -19,6 +19,8 @@ def iwae(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: i
 
     **Gradient**: unbiased for the bound (reparameterised).
 
+    Raises `lehr.errors.InputError` for fewer than one sample, or shapes that do not fit.
+
     Source: Burda, Grosse, Salakhutdinov 2016, equation (8).
     """
     return log_mean_exp(log_weights(base, log_target, key, num_samples))

@@ -82,12 +82,14 @@ def measure(
     }
     tunings = {name: tune(key_tune, model, tuning_images, sampler) for name, sampler in samplers.items()}
     for budget in budgets:
-        importance, _ = likelihood.importance_bounds(key_run, model, test, num_samples=budget * num_chains)
+        # Keys of their own: points and methods must not share their starts, or their errors would not be independent.
+        keys = jax.random.split(jax.random.fold_in(key_run, budget), 1 + len(samplers))
+        importance, _ = likelihood.importance_bounds(keys[0], model, test, num_samples=budget * num_chains)
         rows.append(_row("iwae", budget, importance))
-        for method, sampler in samplers.items():
+        for key_method, (method, sampler) in zip(keys[1:], samplers.items()):
             sampler = dataclasses.replace(sampler, num_temperatures=budget // sampler.num_leapfrog)
             kernel = tunings[method].kernel(sampler)
-            evidence = likelihood.annealed_evidence(key_run, model, test, sampler, kernel, batch_size=len(test))
+            evidence = likelihood.annealed_evidence(key_method, model, test, sampler, kernel, batch_size=len(test))
             rows.append(_row(method, budget, evidence))
         tell(f"{budget} gradients a chain: " + ", ".join(f"{r['method']} {r['nll']:.3f}" for r in rows[-4:]))
     return rows

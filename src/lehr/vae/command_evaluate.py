@@ -98,6 +98,7 @@ def measure(
             )
             simulated = _bracket(lower, upper)
     nll, over_images, over_chains = evidence.negative_log_likelihood()
+    sizes = np.asarray(evidence.effective_sample_size)
     return {
         "method": options.method,
         "num_images": len(test),
@@ -107,6 +108,8 @@ def measure(
         "base": options.base,
         "gradients_per_image": gradients,
         "nll": {"mean": nll, "error_over_images": over_images, "error_over_chains": over_chains},
+        "effective_sample_size": {"median": float(np.median(sizes)), "smallest": float(np.min(sizes))},
+        "mean_acceptance": None if evidence.acceptance is None else float(np.mean(evidence.acceptance)),
         "num_samples": options.num_samples,
         "importance_bound": _value(importance),
         "elbo": _value(elbo),
@@ -169,12 +172,15 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(
         "quantity", "nats per image", "standard error", title=f"{result['run']}: {result['num_images']} test images"
     )
-    nll = result["nll"]
+    nll, size = result["nll"], result["effective_sample_size"]
+    kind = "samples" if result["method"] == "iwae" else "chains"
     table.add_row(
         f"negative log-likelihood ({result['method']})",
         f"{nll['mean']:.3f}",
-        f"{nll['error_over_images']:.3f} over images, {nll['error_over_chains']:.3f} over "
-        f"{'samples' if result['method'] == 'iwae' else 'chains'}",
+        f"{nll['error_over_images']:.3f} over images, {nll['error_over_chains']:.3f} over {kind}",
+    )
+    table.add_row(
+        f"effective {kind} an image", f"{size['median']:.1f}", f"(median; the smallest {size['smallest']:.1f})"
     )
     for label, name in ((f"-L_{result['num_samples']}", "importance_bound"), ("-ELBO", "elbo")):
         row = result[name]

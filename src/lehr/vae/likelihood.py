@@ -21,10 +21,16 @@ Progress = Callable[[int], None]
 
 
 class Evidence(eqx.Module):
-    """log p(x) of each image, in nats, with the standard error over its chains (or its samples)."""
+    """log p(x) of each image, in nats, with the standard error over its chains (or its samples).
+
+    That error is too small where the effective sample size is: see `lehr.WeightedParticles.standard_error`. The
+    acceptance is that of the chains, None where nothing is rejected.
+    """
 
     log_evidence: Float[Array | np.ndarray, "*images"]
     standard_error: Float[Array | np.ndarray, "*images"]
+    effective_sample_size: Float[Array | np.ndarray, "*images"] | None = None
+    acceptance: Float[Array | np.ndarray, "*images"] | None = None
 
     def negative_log_likelihood(self) -> tuple[float, float, float]:
         """Mean over images of -log p(x), its standard error over images, and that over chains."""
@@ -94,7 +100,7 @@ def sandwich(
     def upper(key, images, latents):
         # The reverse chain estimates 1/Z.
         inverse = _evidence(anneal_images_reverse(key, model, images, latents, sampler, kernel))
-        return Evidence(-inverse.log_evidence, inverse.standard_error)
+        return eqx.tree_at(lambda e: e.log_evidence, inverse, -inverse.log_evidence)
 
     pair = (images, latents)
     return (
@@ -136,7 +142,8 @@ def _importance_bounds(key: PRNGKeyArray, model: VAE, images: Array, num_samples
         log_w = jax.lax.map(chunk, jax.random.split(key, num_chunks)).ravel()[:num_samples]
         particles = WeightedParticles(jnp.zeros((num_samples, 0)), log_w)
         elbo_error = jnp.std(log_w, ddof=1) / num_samples**0.5 if num_samples > 1 else jnp.full((), jnp.inf)
-        return Evidence(particles.log_evidence, particles.standard_error), Evidence(particles.elbo, elbo_error)
+        bound = Evidence(particles.log_evidence, particles.standard_error, particles.effective_sample_size)
+        return bound, Evidence(particles.elbo, elbo_error)
 
     return jax.vmap(one_image)(jax.random.split(key, len(images)), images)
 
@@ -151,7 +158,11 @@ def active_units(model: VAE, images: Float[Array, "images pixels"], *, threshold
 
 
 def _evidence(particles: WeightedParticles) -> Evidence:
-    return jax.vmap(lambda p: Evidence(p.log_evidence, p.standard_error))(particles)
+    def one_image(p):
+        acceptance = None if p.acceptance is None else p.acceptance.mean()
+        return Evidence(p.log_evidence, p.standard_error, p.effective_sample_size, acceptance)
+
+    return jax.vmap(one_image)(particles)
 
 
 def _in_batches(

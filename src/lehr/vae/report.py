@@ -48,7 +48,7 @@ def write_report(folder: RunFolder, setting: Setting, data: ImageData, images_pe
             "num_temperatures": _SAMPLER.num_temperatures,
             "num_chains": _SAMPLER.num_chains,
             "num_leapfrog": _SAMPLER.num_leapfrog,
-            "mean_acceptance": tuning.report()["mean_acceptance"],
+            "mean_acceptance": float(np.mean(evidence.acceptance)) if evidence.acceptance is not None else None,
         },
         "images_per_second": round(images_per_second, 1),
         "sampler": kernel_summary(state),

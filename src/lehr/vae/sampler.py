@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal, anneal_reverse
+from lehr.errors import InputError
 from lehr.kernels import AbstractKernel, Hamiltonian, Metropolis
 from lehr.path import Schedule
 from lehr.tuning import adapt_step_size
@@ -41,9 +42,14 @@ class Sampler:
         return move if self.method == "dais" else Metropolis(move)
 
     def annealer(self, model: VAE, image: Float[Array, " pixels"], kernel: AbstractKernel) -> Annealer:
-        """The annealer of one image. Close spacing at both ends, where the path bends (Grosse et al. 2015)."""
+        """The annealer of one image."""
         base = model.posterior(image) if self.base == "posterior" else model.prior()
-        return Annealer(base, Schedule.sigmoidal(self.num_temperatures), kernel)
+        return Annealer(base, self.schedule, kernel)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Close spacing at both ends, where the path bends (Grosse, Ghahramani, Adams 2015)."""
+        return Schedule.sigmoidal(self.num_temperatures)
 
     @property
     def gradients_per_image(self) -> int:
@@ -93,14 +99,14 @@ class Tuning:
         The log step size is interpolated in beta. For an uncorrected kernel it also scales with K^(-1/4), which gives
         the best rate of the bound (Zhang et al. 2021, theorem 1).
         """
-        betas = np.asarray(Schedule.sigmoidal(sampler.num_temperatures).betas[1:])
+        betas = np.asarray(sampler.schedule.betas[1:])
         step_size = np.exp(np.interp(betas, self.betas, np.log(self.step_size)))
         if self.acceptance is None:
             step_size *= (sampler.num_temperatures / len(self.betas)) ** -0.25
         return sampler.kernel(jnp.asarray(step_size, jnp.float32)[:, None])
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers for a report."""
+        """Plain numbers for a report; the acceptance is that of the last tuning run."""
         report: dict[str, Any] = {"beta": self.betas.tolist(), "step_size": self.step_size.tolist()}
         if self.acceptance is not None:
             report |= {"acceptance": self.acceptance.tolist(), "mean_acceptance": float(self.acceptance.mean())}
@@ -123,18 +129,19 @@ def tune(
     Uncorrected ones: the one step size, of a ladder, that maximises the mean log weight.
     """
     coarse = dataclasses.replace(sampler, num_chains=4, num_temperatures=num_steps)
-    betas = np.asarray(Schedule.sigmoidal(num_steps).betas[1:])
+    betas = np.asarray(coarse.schedule.betas[1:])
 
     def kernel_with(step_size: float) -> AbstractKernel:
         return coarse.kernel(jnp.full((num_steps, 1), step_size))
 
     if sampler.method == "dais":
-        ladder = 0.02 * 1.25 ** np.arange(15)
-        # Each run meets the same noise. A step beyond stability gives NaN or -inf, and loses.
-        scores = [
-            float(jnp.mean(anneal_images(key, model, images, coarse, kernel_with(e)).log_weights)) for e in ladder
-        ]
-        best = ladder[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
+        ladder = 0.01 * 1.3 ** np.arange(18)
+        # Each run meets the same noise. A step beyond stability gives what is not finite, and loses.
+        runs = [anneal_images(key, model, images, coarse, kernel_with(e)).log_weights for e in ladder]
+        scores = np.array([np.mean(np.asarray(log_weights, np.float64)) for log_weights in runs])
+        if not np.isfinite(scores).any():
+            raise InputError(f"no step size from {ladder[0]} to {ladder[-1]:.2f} gives a finite bound: use ais or hais")
+        best = ladder[int(np.argmax(np.where(np.isfinite(scores), scores, -np.inf)))]
         return Tuning(betas, np.full(num_steps, best), None)
     kernel = kernel_with(0.1)
     acceptance = np.zeros(num_steps)

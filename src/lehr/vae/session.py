@@ -93,7 +93,7 @@ def run(
             if done == setting.epochs or stopped() or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 folder.save(done, state)
                 saved_at = time.monotonic()
-            if stopped() and done < setting.epochs:
+            if stopped():
                 raise Interrupted(f"stopped after epoch {done} of {setting.epochs}, and saved")
     return state
 

@@ -107,8 +107,8 @@ def make_epoch(setting: Setting, num_images: int) -> Callable[[TrainState, Array
     """A compiled function `(state, images) -> (state, bounds)`: one pass over the images, freshly binarised.
 
     `bounds` has the mean objective of each batch, in nats per image. From the first batch whose bound or gradient is
-    not finite the state is left as it was, and the bounds are NaN. Images that do not fill a batch wait for another
-    epoch's order.
+    not finite no work is done, the bounds are NaN, and the state is not to be used. Images that do not fill a batch
+    wait for another epoch's order.
     """
     steps = num_images // setting.batch_size
     optimiser = _optimiser(setting, num_images)
@@ -143,10 +143,7 @@ def make_epoch(setting: Setting, num_images: int) -> Callable[[TrainState, Array
                 key_binarise, key_bound = jax.random.split(key)
                 batch = binarise(key_binarise, images[rows])
                 new, bound = update(eqx.combine(arrays, static), batch, key_bound)
-                kept = jax.tree.map(
-                    lambda a, b: jnp.where(jnp.isfinite(bound), a, b), eqx.filter(new, eqx.is_array), arrays
-                )
-                return kept, bound
+                return eqx.filter(new, eqx.is_array), bound
 
             arrays, sound = carry
             arrays, bound = jax.lax.cond(sound, go_on, lambda arrays: (arrays, jnp.full((), jnp.nan)), arrays)
