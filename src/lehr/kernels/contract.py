@@ -90,6 +90,11 @@ class AbstractMove(AbstractKernel):
     #: whether `propose` needs gradients at the point it starts from
     uses_gradient: eqx.AbstractClassVar[bool]
 
+    @property
+    def step_size(self) -> Array:
+        """The step size, in the shape in which it was given."""
+        return jnp.exp(self.log_step_size)
+
     @abc.abstractmethod
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         """A move from an evaluated point to an evaluated point, with its log ratio."""

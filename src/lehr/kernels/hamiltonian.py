@@ -63,11 +63,6 @@ class Hamiltonian(AbstractMove):
         self.num_leapfrog = int(num_leapfrog)
 
     @property
-    def step_size(self) -> Array:
-        """e, in the shape in which it was given."""
-        return jnp.exp(self.log_step_size)
-
-    @property
     def momentum_scale(self) -> Array:
         """sqrt(diag M), in the shape in which it was given."""
         return jnp.exp(self.log_momentum_scale)

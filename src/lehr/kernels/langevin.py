@@ -33,11 +33,6 @@ class Langevin(AbstractMove):
     def __init__(self, step_size: ArrayLike):
         self.log_step_size = log_of_positive("step_size", step_size)
 
-    @property
-    def step_size(self) -> Array:
-        """e, in the shape in which it was given."""
-        return jnp.exp(self.log_step_size)
-
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         e, x = self.step_size, state.point.position
         before = density.gradient_at(state.point)

@@ -31,11 +31,6 @@ class RandomWalk(AbstractMove):
     def __init__(self, step_size: ArrayLike):
         self.log_step_size = log_of_positive("step_size", step_size)
 
-    @property
-    def step_size(self) -> Array:
-        """e, in the shape in which it was given."""
-        return jnp.exp(self.log_step_size)
-
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         point = density.evaluate(state.point.position + self.step_size * noise, gradient=False)
         return Transition(State(point), jnp.zeros((), point.position.dtype))
