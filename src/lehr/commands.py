@@ -12,7 +12,7 @@ from lehr.vae.setting import Setting
 class Train(Setting):
     """Train a latent-variable model on images by a differentiable evidence bound, and certify its likelihood.
 
-    Without options: DAVI on scikit-learn's digits, about two minutes on two CPU cores.
+    Without options: DAVI on scikit-learn's digits, under two minutes on two CPU cores.
     """
 
     data: str = "digits"
