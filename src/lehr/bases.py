@@ -108,7 +108,7 @@ def laplace(modes: list[Mode], *, within: float = 10.0) -> AbstractBijection:
 
 
 def moment_matched(draws: Float[Array, "num_draws dim"]) -> AbstractBijection:
-    """The map from N(0, I) to the Gaussian with the mean and the covariance of draws, shrunk the more the fewer they are.
+    """The map from N(0, I) to the Gaussian with the mean and covariance of draws, shrunk the more the fewer they are.
 
     Raises `lehr.errors.InputError` for draws that are not finite, or do not vary.
 

@@ -85,6 +85,7 @@ def pilot(
         def one(key: PRNGKeyArray, state: State):
             noise = jax.tree.map(lambda leaf: leaf[0], metropolis.noise(key, 1, problem.position))
             moved = metropolis.move(density, state, noise)
+            assert moved.acceptance is not None
             return metropolis.refresh(moved.state, noise), moved.acceptance
 
         return jax.vmap(one)(jax.random.split(key, num_particles), states)

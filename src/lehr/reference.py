@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -227,7 +227,8 @@ def _gaussian(read: _Read) -> Reference:
 def _diabetes(read: _Read) -> Reference:
     from sklearn.datasets import load_diabetes
 
-    features, y = load_diabetes(return_X_y=True)
+    table: Any = load_diabetes()
+    features, y = table.data, table.target
     features = (features - features.mean(axis=0)) / features.std(axis=0)
     design = np.column_stack([np.ones(len(y)), features])
     return _conjugate(design, (y - y.mean()) / y.std(), np.eye(design.shape[1]), 0.7, "closed form")

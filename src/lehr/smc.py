@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lehr.annealing import Annealer, prepare
 from lehr.errors import InputError
-from lehr.kernels.contract import AbstractKernel, State, Transition
+from lehr.kernels.contract import AbstractKernel, State
 from lehr.path import LogDensity, Problem
 from lehr.weighted import log_mean_exp
 
@@ -96,9 +96,9 @@ def smc(
         resample = seen.effective_sample_size < resample_below * num_particles
         chosen = jnp.where(resample, systematic(key_resample, jax.nn.softmax(generation.log_weights)), identity)
         generation = generation.resampled(chosen, resample)
-        moved = _move(key_move, kernel, problem, beta, generation.states)
-        weights = jax.nn.softmax(generation.log_weights)
-        return eqx.tree_at(lambda g: g.states, generation, moved.state), seen, jnp.sum(weights * moved.acceptance)
+        states, acceptance = _move(key_move, kernel, problem, beta, generation.states)
+        generation = eqx.tree_at(lambda g: g.states, generation, states)
+        return generation, seen, jnp.sum(jax.nn.softmax(generation.log_weights) * acceptance)
 
     return _run(key_steps, step, first, annealer)
 
@@ -133,17 +133,17 @@ def waste_free_smc(
         heads = jax.tree.map(lambda leaf: leaf[chosen], generation.states)
 
         def extend(states: State, key: PRNGKeyArray):
-            moved = _move(key, kernel, problem, beta, states)
-            return moved.state, moved
+            states, acceptance = _move(key, kernel, problem, beta, states)
+            return states, (states, acceptance)
 
-        _, moved = jax.lax.scan(extend, heads, jax.random.split(key_moves, chain_length - 1))
+        _, (rest, acceptance) = jax.lax.scan(extend, heads, jax.random.split(key_moves, chain_length - 1))
         generation = generation.resampled(jnp.tile(chosen, chain_length), True)
         states = jax.tree.map(
             lambda head, rest: jnp.concatenate([head[None], rest]).reshape(num_particles, *head.shape[1:]),
             heads,
-            moved.state,
+            rest,
         )
-        return eqx.tree_at(lambda g: g.states, generation, states), seen, jnp.mean(moved.acceptance)
+        return eqx.tree_at(lambda g: g.states, generation, states), seen, jnp.mean(acceptance)
 
     return _run(key_steps, step, first, annealer)
 
@@ -282,14 +282,18 @@ def _run(key: PRNGKeyArray, step: Any, generation: _Generation, annealer: Anneal
     )
 
 
-def _move(key: PRNGKeyArray, kernel: AbstractKernel, problem: Problem, beta: Array, states: State) -> Transition:
-    """One step of the kernel for each particle, the refreshment of its momentum included."""
+def _move(
+    key: PRNGKeyArray, kernel: AbstractKernel, problem: Problem, beta: Array, states: State
+) -> tuple[State, Array]:
+    """One step of the kernel for each particle, with the refreshment of its momentum, and the acceptance."""
     density = problem.at(beta)
 
-    def one(key: PRNGKeyArray, state: State) -> Transition:
+    def one(key: PRNGKeyArray, state: State) -> tuple[State, Array]:
         noise = jax.tree.map(lambda leaf: leaf[0], kernel.noise(key, 1, problem.position))
         moved = kernel.move(density, state, noise)
-        return eqx.tree_at(lambda t: t.state, moved, kernel.refresh(moved.state, noise))
+        # An exact kernel that reports no acceptance rejects nothing.
+        acceptance = jnp.ones((), state.point.position.dtype) if moved.acceptance is None else moved.acceptance
+        return kernel.refresh(moved.state, noise), acceptance
 
     num_particles = states.point.position.shape[0]
     return jax.vmap(one)(jax.random.split(key, num_particles), states)
