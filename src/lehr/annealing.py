@@ -59,7 +59,7 @@ def anneal(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_pa
     """
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, but it is {num_particles}")
-    problem, annealer = _prepare(annealer, log_target)
+    problem, annealer = prepare(annealer, log_target)
 
     def one_particle(key):
         key_base, key_chain = jax.random.split(key)
@@ -89,7 +89,7 @@ def anneal_reverse(
 
     Raises `lehr.errors.InputError` if the samples do not have the base's dimension.
     """
-    problem, annealer = _prepare(annealer, log_target)
+    problem, annealer = prepare(annealer, log_target)
     if samples.ndim != 2 or samples.shape[1:] != problem.position.shape or samples.shape[0] < 1:
         raise InputError(
             f"samples must have shape (num_particles, {problem.position.shape[0]}), but they have {samples.shape}"
@@ -101,7 +101,7 @@ def anneal_reverse(
     return _weighted(jax.vmap(one_particle)(jax.random.split(key, samples.shape[0]), samples))
 
 
-def _prepare(annealer: Annealer, log_target: LogDensity) -> tuple[Problem, Annealer]:
+def prepare(annealer: Annealer, log_target: LogDensity) -> tuple[Problem, Annealer]:
     """Checks the problem, and brings schedule and kernel to its dtype: float32 stays float32 under x64."""
     problem = Problem(annealer.base, log_target)
     cast = jax.tree.map(
