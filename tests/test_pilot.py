@@ -46,7 +46,7 @@ def test_scales_and_step_sizes_fit_the_target(run):
 
 
 def test_gradients_are_counted(run):
-    assert int(run.num_gradients) == 1000 * (1 + int(run.num_steps) * 2 * 4)
+    assert int(run.num_gradients) == 1000 * (1 + (int(run.num_steps) * 2 + 8) * 4)
 
 
 def test_a_path_too_steep_is_said_to_be_unfinished(key):
@@ -62,3 +62,8 @@ def test_nan_is_density_zero(key):
     run = pilot(key, Problem(base, lambda x: -jnp.sum(x**2) / 2 + 0 * jnp.log(x[0])), num_particles=1000)
     assert np.all(np.asarray(run.positions) > 0)
     np.testing.assert_allclose(run.log_evidence, 0.5 * np.log(np.pi / 2), atol=0.15)
+
+
+def test_draws_at_the_end_are_the_targets(run):
+    assert run.draws.shape == (8, *run.positions.shape)
+    np.testing.assert_array_equal(run.draws[-1], run.positions)

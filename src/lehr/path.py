@@ -87,12 +87,15 @@ class Problem(eqx.Module):
         base: anything with `sample(key, shape)` and `log_prob(x)`; positions are 1-D float arrays.
         log_target: maps one position `(dimension,)` to a scalar, the log of the unnormalised target, in nats. To train
             parameters of the target make it a pytree (an `equinox.Module`, a `jax.tree_util.Partial`).
+        unravel: maps one position to what the user calls it (a pytree of named, constrained arrays), for reports; by
+            default positions stay as they are. No density sees it.
 
     Raises `lehr.errors.InputError` if a sample is not a 1-D float array or a log density is not a scalar.
     """
 
     base: Any
     log_target: LogDensity
+    unravel: Callable[[Array], Any] | None = None
 
     def __check_init__(self):
         position = self.position

@@ -21,7 +21,8 @@ class Pilot(eqx.Module):
 
     `barrier` is the sum of the square roots of the incremental discrepancies up to beta_k: the length of the path, in
     the units in which equal steps cost equal variance. `log_step_size` is in standard deviations of the coordinates,
-    whose logarithms are `log_scale`. `finished` says whether it reached beta = 1.
+    whose logarithms are `log_scale`. `finished` says whether it reached beta = 1. `draws` are the particles' positions
+    after each of the moves at the end, dependent draws of the target; `positions` are the last of them.
     """
 
     betas: Float[Array, " max_steps"]
@@ -32,6 +33,7 @@ class Pilot(eqx.Module):
     num_gradients: Int[Array, ""]
     finished: Bool[Array, ""]
     positions: Float[Array, "num_particles dim"]
+    draws: Float[Array, "num_final_moves num_particles dim"]
     log_evidence: Float[Array, ""]
 
 
@@ -43,6 +45,7 @@ def pilot(
     num_particles: int = 256,
     num_leapfrog: int = 4,
     num_moves: int = 2,
+    num_final_moves: int = 8,
     max_steps: int = 200,
     target_acceptance: float = 0.8,
 ) -> Pilot:
@@ -59,6 +62,7 @@ def pilot(
         num_particles: N.
         num_leapfrog: gradients a move.
         num_moves: moves at each temperature.
+        num_final_moves: further moves at beta = 1, at least 1: draws to fit a base to.
         max_steps: the last of them goes to beta = 1, however far that is.
         target_acceptance: in (0, 1).
 
@@ -70,7 +74,7 @@ def pilot(
     particles).
     """
     dtype, dimension = problem.position.dtype, problem.position.shape[0]
-    key_base, key_init, key_steps = jax.random.split(key, 3)
+    key_base, key_init, key_steps, key_final = jax.random.split(key, 4)
     template = Metropolis(
         Hamiltonian(jnp.ones((), dtype), momentum_scale=jnp.ones(dimension, dtype), num_leapfrog=num_leapfrog)
     )
@@ -127,16 +131,24 @@ def pilot(
     log_step_size = jnp.log(jnp.asarray(0.8 * dimension**-0.25, dtype))
     carry = (jnp.zeros((), jnp.int32), zero, states, log_step_size, zero, rows)
     carry = jax.lax.while_loop(lambda carry: (carry[1] < 1) & (carry[0] < max_steps), temperature, carry)
-    num_steps, _, states, _, log_evidence, (betas, steps, log_step_sizes, log_scales) = carry
+    num_steps, beta, states, log_step_size, log_evidence, (betas, steps, log_step_sizes, log_scales) = carry
+    log_scale = log_scales[num_steps - 1]
+
+    def move_on(states: State, key: PRNGKeyArray):
+        states, _ = move(states, beta, log_step_size, log_scale, key)
+        return states, states.point.position
+
+    _, draws = jax.lax.scan(move_on, states, jax.random.split(key_final, num_final_moves))
     return Pilot(
         betas,
         jnp.cumsum(steps),
         log_step_sizes,
         log_scales,
         num_steps,
-        num_particles * (1 + num_steps * num_moves * num_leapfrog),
+        num_particles * (1 + (num_steps * num_moves + num_final_moves) * num_leapfrog),
         num_steps < max_steps,
-        states.point.position,
+        draws[-1],
+        draws,
         log_evidence,
     )
 
