@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, stats
+from sklearn.datasets import load_breast_cancer
 
 from lehr import InputError
 from lehr.reference import NAMES, reference
@@ -38,6 +39,10 @@ def sonar(x):
 def ionosphere(x):
     data = table("ionosphere")
     return logistic(x, data[:, :-1], data[:, -1].astype(int))
+
+
+def breast_cancer(x):
+    return logistic(x, *load_breast_cancer(return_X_y=True))
 
 
 def seeds(x):
@@ -93,11 +98,12 @@ def funnel(x):
 
 @pytest.mark.parametrize(
     "truth",
-    [pytest.param(f, marks=needs_files) for f in (sonar, ionosphere, seeds, brownian, lorenz, pines)] + [funnel],
+    [pytest.param(f, marks=needs_files) for f in (sonar, ionosphere, seeds, brownian, lorenz, pines)]
+    + [breast_cancer, funnel],
 )
 def test_the_density_is_that_of_scipy(truth):
     with jax.enable_x64(True):
-        target = reference(truth.__name__)
+        target = reference(truth.__name__.replace("_", "-"))
         rng = np.random.default_rng(0)
         for _ in range(3):
             x = np.asarray(target.problem.base.sample(jax.random.key(rng.integers(99)))) * 0.5

@@ -102,6 +102,18 @@ def _ionosphere(read: _Read) -> Reference:
     )
 
 
+def _breast_cancer(read: _Read) -> Reference:
+    from sklearn.datasets import load_breast_cancer
+
+    table: Any = load_breast_cancer()
+    return Reference(
+        _logistic(table.data, table.target),
+        -55.2223,
+        0.0007,
+        "importance sampling, 900,000 effective draws, and bridge sampling (benchmarks/truth.py)",
+    )
+
+
 def _seeds(read: _Read) -> Reference:
     table = jnp.asarray(read("seeds.csv"), jnp.result_type(float))
     count, total, kind, extract = table.T
@@ -252,6 +264,7 @@ def _conjugate(design: np.ndarray, y: np.ndarray, prior: np.ndarray, noise: floa
 _TARGETS: dict[str, Callable[[_Read], Reference]] = {
     "sonar": _sonar,
     "ionosphere": _ionosphere,
+    "breast-cancer": _breast_cancer,
     "seeds": _seeds,
     "brownian": _brownian,
     "lorenz": _lorenz,
