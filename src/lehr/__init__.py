@@ -5,8 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lehr import objectives as objectives
+    from lehr.adapters.functions import from_function as from_function
+    from lehr.adapters.numpyro import from_numpyro as from_numpyro
+    from lehr.adapters.pymc import from_pymc as from_pymc
     from lehr.annealing import Annealer as Annealer, anneal as anneal, anneal_reverse as anneal_reverse
+    from lehr.comparison import Comparison as Comparison, compare as compare
     from lehr.errors import InputError as InputError
+    from lehr.estimation import evidence as evidence
     from lehr.kernels import (
         Hamiltonian as Hamiltonian,
         Langevin as Langevin,
@@ -14,13 +19,24 @@ if TYPE_CHECKING:
         RandomWalk as RandomWalk,
     )
     from lehr.path import Problem as Problem, Schedule as Schedule
+    from lehr.report import Evidence as Evidence
+    from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check
     from lehr.weighted import WeightedParticles as WeightedParticles
 
 _HOME = {
     "Annealer": "lehr.annealing",
     "anneal": "lehr.annealing",
     "anneal_reverse": "lehr.annealing",
+    "Comparison": "lehr.comparison",
+    "compare": "lehr.comparison",
     "InputError": "lehr.errors",
+    "evidence": "lehr.estimation",
+    "Evidence": "lehr.report",
+    "from_function": "lehr.adapters.functions",
+    "from_numpyro": "lehr.adapters.numpyro",
+    "from_pymc": "lehr.adapters.pymc",
+    "SimulationCheck": "lehr.simulation",
+    "simulate_check": "lehr.simulation",
     "Hamiltonian": "lehr.kernels",
     "Langevin": "lehr.kernels",
     "Metropolis": "lehr.kernels",

@@ -1,0 +1,437 @@
+"""The front door for modellers: the log evidence of a problem, bracketed and with an error bar, without tuning."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lehr.annealing import Annealer, anneal_reverse
+from lehr.errors import InputError
+from lehr.fitting import Fitted, fit
+from lehr.path import LogDensity, Problem
+from lehr.progress import Progress
+from lehr.report import Bound, Evidence, Round, in_words
+from lehr.smc import PathStatistics, Population, smc, systematic, thermodynamic_integral
+from lehr.support import Guarded, Support, look_at
+from lehr.transport import PulledBack
+from lehr.tuned_path import TunedPath
+
+#: independent populations that run together on a device, so that matrix products are large
+_TOGETHER = 4
+#: no decision to stop is taken on the spread of fewer populations
+_FEWEST_TO_STOP = 16
+#: share of the gradients that the search for a base may take
+_SHARE_FOR_FITTING = 0.4
+
+
+def evidence(
+    key: PRNGKeyArray,
+    problem: Problem,
+    *,
+    tolerance: float = 0.05,
+    max_gradients: int = 1_000_000,
+    num_particles: int = 128,
+    fit_base: bool = True,
+    posterior_draws: Float[Array, "num_draws dim"] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Evidence:
+    """The log evidence log Z of a problem, with its standard error and a bracket.
+
+    Fits a base (`lehr.fitting.fit`), tunes schedule, step sizes and masses along the path from it, and then runs
+    independent populations of annealed sequential Monte Carlo with HMC moves, every one of them followed by annealing
+    its draws back. Tuning ends before the first of the runs that count, so that it cannot bias them. The number of
+    populations doubles until both ends of the bracket are within `tolerance` of the estimate, or `max_gradients` are
+    spent; what then speaks against the estimate is said in its warnings.
+
+    Arguments:
+        key: a PRNG key.
+        problem: base and target; the base need only cover the target roughly.
+        tolerance: in nats.
+        max_gradients: of the target, for everything, tuning included.
+        num_particles: N, particles of a population.
+        fit_base: if false, the path starts from the given base as it is.
+        posterior_draws: exact draws of the posterior, `(num_draws, dim)`, if there are any (the data are simulated):
+            the upper end of the bracket is then a bound.
+        batch_size: particles in memory at once (default: 4 populations a device).
+        progress: whether to show a progress bar, with the estimate and its bracket, on standard error.
+
+    Returns an `Evidence`.
+
+    **Gradient**: not meant to be differentiated: `lehr.objectives.davi` is.
+
+    Raises `lehr.errors.InputError` for options out of range, a density that is nowhere finite on draws of the base or
+    infinite at any of them, or no base from which the target was reached.
+
+    Source: Syed, Bouchard-Cote, Chern, Doucet 2024 (spacing the schedule); Grosse, Ghahramani, Adams 2015 (the
+    bracket); Del Moral, Doucet, Jasra 2006.
+    """
+    started = time.monotonic()
+    _check(problem, tolerance, max_gradients, num_particles, batch_size, posterior_draws)
+    if problem.position.shape == (0,):
+        return _without_dimensions(problem, tolerance, started)
+    key_support, key_fit, key_cover, key_tune, key_run = jax.random.split(key, 5)
+    support = look_at(key_support, problem)
+    guarded = Problem(problem.base, Guarded(problem.log_target), problem.unravel)
+    with Progress(max_gradients, show=progress) as display:
+        fitted = fit(
+            key_fit,
+            guarded,
+            fit_base=fit_base,
+            max_gradients=int(_SHARE_FOR_FITTING * max_gradients),
+            say=lambda text: display.at(0, text),
+        )
+        if fitted.best.bijection is not None:
+            covering = PulledBack(problem.log_target, fitted.best.bijection)
+            support = look_at(key_cover, Problem(fitted.best.problem.base, covering))
+        engine = _Engine(fitted, num_particles, batch_size, max_gradients)
+        engine.tune(key_tune)
+        ledger = _Ledger(engine, support, tolerance, posterior_draws)
+        interrupted, goal = False, _FEWEST_TO_STOP // 2
+        try:
+            while ledger.add(jax.random.fold_in(key_run, len(ledger.blocks))):
+                display.at(engine.spent, ledger.line())
+                if ledger.num_populations >= goal:
+                    goal *= 2
+                    if ledger.close_round().reach <= tolerance and ledger.num_populations >= _FEWEST_TO_STOP:
+                        break
+        except KeyboardInterrupt:
+            if not ledger.blocks:
+                raise
+            interrupted = True
+    seconds = time.monotonic() - started
+    if not ledger.blocks:
+        return _from_pilot(guarded, engine, support, tolerance, seconds)
+    return ledger.report(guarded, interrupted=interrupted, seconds=seconds)
+
+
+class _Engine:
+    """Runs blocks of independent populations along one tuned path, and counts gradients."""
+
+    def __init__(self, fitted: Fitted, num_particles: int, batch_size: int | None, max_gradients: int):
+        self.fitted, self.candidate, self.max_gradients = fitted, fitted.best, max_gradients
+        self.problem = self.candidate.problem
+        self.spent = fitted.num_gradients
+        self.path = TunedPath.from_pilot(self.candidate.run)
+        devices = jax.local_devices()
+        self.num_together = _TOGETHER * len(devices)
+        if batch_size is not None:
+            num_particles = min(num_particles, batch_size)
+            self.num_together = min(self.num_together, max(1, batch_size // num_particles))
+        left = max_gradients - self.spent
+        # A small budget is better spent on few particles in enough populations than the other way round.
+        while num_particles > 16 and left < self.num_together * num_particles * self.path.num_gradients * 10:
+            num_particles //= 2
+        self.num_particles = num_particles
+        self.sharding = None
+        if self.num_together % len(devices) == 0 and len(devices) > 1:
+            mesh = jax.sharding.Mesh(np.array(devices), ("populations",))
+            self.sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("populations"))
+
+    @property
+    def cost(self) -> int:
+        """Gradients of a block in one direction."""
+        return self.num_together * self.num_particles * self.path.num_gradients
+
+    @property
+    def annealer(self) -> Annealer:
+        return self.path.annealer(self.problem.base, self.problem.position.dtype)
+
+    def tune(self, key: PRNGKeyArray) -> None:
+        """Two blocks whose statistics, not estimates, are used."""
+        for i in range(2):
+            if self.spent + 3 * self.cost > self.max_gradients:
+                return
+            self.path = self.path.after(self.forward(jax.random.fold_in(key, i)).path)
+
+    def forward(self, key: PRNGKeyArray) -> Population:
+        self.spent += self.cost
+        return _forward(self.keys(key), self.annealer, self.problem.log_target, self.num_particles)
+
+    def backward(self, key: PRNGKeyArray, positions: Array, log_weights: Array) -> Array:
+        self.spent += self.cost
+        return _backward(self.keys(key), self.annealer, self.problem.log_target, positions, log_weights)
+
+    def keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
+        keys = jax.random.split(key, self.num_together)
+        return keys if self.sharding is None else jax.device_put(keys, self.sharding)
+
+
+@eqx.filter_jit
+def _forward(keys: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_particles: int) -> Population:
+    return jax.vmap(lambda key: smc(key, annealer, log_target, num_particles))(keys)
+
+
+@eqx.filter_jit
+def _backward(
+    keys: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, positions: Array, log_weights: Array
+) -> Array:
+    """Minus the log estimate of 1/Z by each population's weighted positions."""
+
+    def one(key, positions, log_weights):
+        key_draw, key_run = jax.random.split(key)
+        draws = positions[systematic(key_draw, jax.nn.softmax(log_weights))]
+        return -anneal_reverse(key_run, annealer, log_target, draws).log_evidence
+
+    return jax.vmap(one)(keys, positions, log_weights)
+
+
+class _Ledger:
+    """What the runs that count have given so far."""
+
+    def __init__(self, engine: _Engine, support: Support, tolerance: float, posterior_draws: Array | None):
+        self.engine, self.support, self.tolerance = engine, support, tolerance
+        self.rounds: list[Round] = []
+        self.blocks: list[tuple] = []
+        self.exact = None
+        if posterior_draws is not None:
+            bijection = engine.candidate.bijection
+            draws = jnp.asarray(posterior_draws, engine.problem.position.dtype)
+            self.exact = draws if bijection is None else jax.vmap(bijection.inverse)(draws).astype(draws.dtype)
+
+    @property
+    def num_populations(self) -> int:
+        return len(self.blocks) * self.engine.num_together
+
+    def add(self, key: PRNGKeyArray) -> bool:
+        """One more block forwards and back, unless the gradients do not suffice: then False."""
+        engine = self.engine
+        if engine.spent + 2 * engine.cost > engine.max_gradients:
+            return False
+        key_forward, key_backward, key_draws = jax.random.split(key, 3)
+        population = engine.forward(key_forward)
+        positions, log_weights = population.positions, population.log_weights
+        if self.exact is not None:
+            positions = self.exact[jax.random.randint(key_draws, log_weights.shape, 0, len(self.exact))]
+            log_weights = jnp.zeros_like(log_weights)
+        backward = engine.backward(key_backward, positions, log_weights) + self.support.log_share
+        block = _block(population, engine.annealer.schedule.betas, engine.candidate.bijection)
+        self.blocks.append(jax.tree.map(np.asarray, (*block, backward)))
+        return True
+
+    def so_far(self, *, problem: Problem | None = None, seconds: float = 0.0) -> Evidence:
+        """The result of all blocks; with `problem` also the draws as it names them."""
+        forward, positions, log_weights, paths, integrals, backward = jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), *self.blocks
+        )
+        draws = None
+        if problem is not None:
+            draws = positions if problem.unravel is None else jax.vmap(jax.vmap(problem.unravel))(positions)
+        engine = self.engine
+        return Evidence(
+            forward=forward,
+            backward=backward,
+            positions=positions,
+            log_weights=log_weights,
+            draws=draws,
+            betas=engine.annealer.schedule.betas,
+            path=jax.tree.map(lambda leaf: leaf.mean(axis=0), paths),
+            thermodynamic=integrals,
+            base=engine.candidate.name,
+            rounds=tuple(self.rounds),
+            num_gradients=engine.spent,
+            seconds=seconds,
+            num_invalid=self.support.num_invalid,
+            exact_upper=self.exact is not None,
+            converged=False,
+            tolerance=self.tolerance,
+            warnings=(),
+        )
+
+    def close_round(self) -> Evidence:
+        """Notes the estimate as it is now."""
+        now = self.so_far()
+        value, error = float(now.log_evidence), float(now.standard_error)
+        self.rounds.append(Round(self.num_populations, self.engine.spent, value, error, now.lower, now.upper))
+        return now
+
+    def line(self) -> str:
+        """The estimate and its bracket, for the progress bar."""
+        now = self.so_far()
+        low, high = now.bracket
+        return f"log Z = {in_words(float(now.log_evidence), float(now.standard_error))}, in [{low:.2f}, {high:.2f}]"
+
+    def report(self, problem: Problem, *, interrupted: bool, seconds: float) -> Evidence:
+        """The report of all blocks, with what speaks against it."""
+        if not self.rounds or self.rounds[-1].num_populations != self.num_populations:
+            self.close_round()
+        result = self.so_far(problem=problem, seconds=seconds)
+        if not math.isfinite(result.log_evidence):
+            raise InputError(
+                f"the estimate of the log evidence is {float(result.log_evidence)}: the density is infinite, or zero, "
+                "wherever the runs ended; check it near its mode"
+            )
+        doubts = (*_doubts(result, self.engine, self.support), *(["It was interrupted."] if interrupted else []))
+        return dataclasses.replace(result, warnings=doubts, converged=not doubts)
+
+
+@eqx.filter_jit
+def _block(population: Population, betas: Array, bijection: Any) -> tuple:
+    """What is kept of each population of a block."""
+    positions = population.positions
+    if bijection is not None:
+        positions = jax.vmap(jax.vmap(bijection.transform))(positions).astype(positions.dtype)
+    return (
+        jax.vmap(lambda p: p.log_evidence)(population),
+        positions,
+        population.log_weights,
+        population.path,
+        jax.vmap(lambda path: thermodynamic_integral(betas, path))(population.path),
+    )
+
+
+def _doubts(result: Evidence, engine: _Engine, support: Support) -> list[str]:
+    """One sentence on each thing that speaks against a result."""
+    doubts = []
+    if result.forward.shape[0] < _FEWEST_TO_STOP:
+        doubts.append(
+            f"max_gradients = {engine.max_gradients:,} was spent after {result.forward.shape[0]} populations, too few "
+            f"to tell the error: give at least {_enough(engine):,}."
+        )
+    elif not result.reach <= result.tolerance:
+        doubts.append(
+            f"The bracket reaches {result.reach:.3g} nats from the estimate, beyond the tolerance of "
+            f"{result.tolerance:g}, with max_gradients = {engine.max_gradients:,} spent: raise one of them."
+        )
+    spread = float(jnp.std(result.forward))
+    if spread > 1:
+        doubts.append(
+            f"The populations disagree (their log estimates have a standard deviation of {spread:.1f} nats), as they "
+            "do for targets with several modes: raise num_particles."
+        )
+    if result.pareto_k > 0.7:
+        doubts.append(
+            f"The weights have a heavy tail (Pareto k = {result.pareto_k:.2f}): the base may not cover the target."
+        )
+    low, high = result.lower, result.upper
+    if low.value - high.value > 4 * math.hypot(low.error, high.error) + 0.01:
+        doubts.append(
+            "The upper end lies below the lower: the draws that were annealed back miss a part of the target."
+        )
+    for other in engine.fitted.tried:
+        missed = other.log_evidence - float(result.log_evidence) - 2 * other.noise
+        if missed > 0 and bool(other.run.finished):
+            doubts.append(
+                f"The pilot run from another base ({other.name}) found {other.log_evidence:.1f} nats: "
+                "the runs may miss a part of the target."
+            )
+    if support.num_invalid:
+        share = support.num_invalid / support.num_draws
+        doubts.append(
+            f"The log density is NaN at {share:.2%} of the draws of the base; it counted as density zero there: "
+            "mend it, for what is missing is unknown."
+        )
+    return doubts
+
+
+def _enough(engine: _Engine) -> int:
+    """Gradients for as many populations as are needed to stop."""
+    return engine.fitted.num_gradients + (2 + 2 * _FEWEST_TO_STOP // engine.num_together) * engine.cost
+
+
+def _from_pilot(problem: Problem, engine: _Engine, support: Support, tolerance: float, seconds: float) -> Evidence:
+    """What there is if the gradients do not suffice for one block: the estimate of the pilot run, marked."""
+    run = engine.candidate.run
+    size = int(run.num_steps)
+    positions = engine.candidate.push(run.positions)[None]
+    column = jnp.zeros(size, run.betas.dtype)
+    discrepancy = jnp.diff(jnp.concatenate([jnp.zeros(1), run.barrier[:size]])) ** 2
+    unknown = jnp.full((size + 1,), jnp.nan, column.dtype)
+    path = PathStatistics(
+        column + jnp.nan,
+        discrepancy,
+        column + jnp.nan,
+        column + jnp.nan,
+        jnp.exp(run.log_scale[:size]),
+        unknown,
+        unknown,
+    )
+    estimate = run.log_evidence[None]
+    low = Bound(float(run.log_evidence), math.inf)
+    high = Bound(math.inf, math.inf)
+    return Evidence(
+        forward=estimate,
+        backward=jnp.full_like(estimate, jnp.inf),
+        positions=positions,
+        log_weights=jnp.broadcast_to(estimate[:, None], positions.shape[:2]),
+        draws=positions if problem.unravel is None else jax.vmap(jax.vmap(problem.unravel))(positions),
+        betas=jnp.concatenate([jnp.zeros(1, column.dtype), run.betas[:size]]),
+        path=path,
+        thermodynamic=jnp.full_like(estimate, jnp.nan),
+        base=engine.candidate.name,
+        rounds=(Round(1, engine.spent, low.value, math.inf, low, high),),
+        num_gradients=engine.spent,
+        seconds=seconds,
+        num_invalid=support.num_invalid,
+        exact_upper=False,
+        converged=False,
+        tolerance=tolerance,
+        warnings=(
+            f"max_gradients = {engine.max_gradients:,} did not suffice for one round: this is the estimate of the "
+            f"pilot run, biased and without an error; give at least {_enough(engine):,}.",
+        ),
+    )
+
+
+def _without_dimensions(problem: Problem, tolerance: float, started: float) -> Evidence:
+    """A model without latent variables: the log density is the log evidence."""
+    value = problem.log_prob(jnp.zeros(0, problem.position.dtype))
+    if not math.isfinite(value):
+        raise InputError(f"the model has no latent variable, and its log density is {float(value)}: check its data")
+    two = jnp.broadcast_to(value, (2,))
+    positions, zero = jnp.zeros((2, 1, 0), value.dtype), jnp.zeros(1, value.dtype)
+    bound = Bound(float(value), 0.0)
+    return Evidence(
+        forward=two,
+        backward=two,
+        positions=positions,
+        log_weights=two[:, None],
+        draws=positions if problem.unravel is None else jax.vmap(jax.vmap(problem.unravel))(positions),
+        betas=jnp.array([0.0, 1.0], value.dtype),
+        path=PathStatistics(
+            zero + value, zero, zero + 1, zero + 1, jnp.zeros((1, 0)), jnp.array([value] * 2), jnp.zeros(2)
+        ),
+        thermodynamic=two,
+        base="none: the model has no latent variable, and this is exact",
+        rounds=(Round(2, 0, float(value), 0.0, bound, bound),),
+        num_gradients=0,
+        seconds=time.monotonic() - started,
+        num_invalid=0,
+        exact_upper=True,
+        converged=True,
+        tolerance=tolerance,
+        warnings=(),
+    )
+
+
+def _check(
+    problem: Problem,
+    tolerance: float,
+    max_gradients: int,
+    num_particles: int,
+    batch_size: int | None,
+    posterior_draws: Array | None,
+) -> None:
+    """Raises for options out of their range."""
+    if not isinstance(problem, Problem):
+        raise InputError(
+            f"evidence needs a lehr.Problem, not a {type(problem).__name__}: make one with lehr.Problem(base, "
+            "log_target), lehr.from_function, lehr.from_numpyro or lehr.from_pymc"
+        )
+    if not tolerance > 0:
+        raise InputError(f"the tolerance must be a positive number of nats, but it is {tolerance}")
+    if max_gradients < 1:
+        raise InputError(f"max_gradients must be positive, but it is {max_gradients}")
+    if num_particles < 2 or (batch_size is not None and batch_size < 2):
+        raise InputError(
+            f"a population needs at least 2 particles, but num_particles is {num_particles} and batch_size {batch_size}"
+        )
+    dimension = problem.position.shape[0]
+    if posterior_draws is not None and (posterior_draws.ndim != 2 or posterior_draws.shape[1] != dimension):
+        raise InputError(f"posterior_draws must have shape (num_draws, {dimension}), but it is {posterior_draws.shape}")
