@@ -46,7 +46,11 @@ def measure(name: str, seed: int, max_gradients: int, tolerance: float) -> dict[
     started = time.perf_counter()
     try:
         found = lehr.evidence(
-            jax.random.key(seed), target(name).problem, tolerance=tolerance, max_gradients=max_gradients
+            jax.random.key(seed),
+            target(name).problem,
+            tolerance=tolerance,
+            max_gradients=max_gradients,
+            progress=False,
         )
         low, high = found.bracket
         row = {

@@ -87,7 +87,9 @@ def lehr_evidence(problem: Problem, budget: int) -> Run:
     import lehr
 
     def run(seed: int) -> Estimate:
-        found = lehr.evidence(jax.random.key(seed), problem, tolerance=UNREACHABLE, max_gradients=budget)
+        found = lehr.evidence(
+            jax.random.key(seed), problem, tolerance=UNREACHABLE, max_gradients=budget, progress=False
+        )
         return Estimate(float(found.log_evidence), float(found.standard_error), found.num_gradients)
 
     return run

@@ -7,12 +7,13 @@ import pytest
 from benchmarks.targets import CALIBRATION, NAMES, closed_form, target
 from scipy import stats
 
-CLOSED_FORM = ("log-gamma", "mixture", "student", "banana", "gmm-40")
+CLOSED_FORM = ("log-gamma", "logit-beta", "mixture", "student", "banana", "gmm-40")
 
 # In two dimensions each, with the classes that the targets are made of.
 LOC, WHITEN = np.array([0.4, -0.7]), np.array([[1.2, 0.0], [-0.6, 0.8]])
 PLANE = {
     "log-gamma": closed_form.LogGamma(LOC, WHITEN, np.array([0.9, 3.0])),
+    "logit-beta": closed_form.LogitBeta(LOC, WHITEN, np.array([0.9, 3.0]), np.array([2.0, 1.1])),
     "mixture": closed_form.Mixture(np.log([2.0, 0.5]), np.stack([LOC, -3 * LOC]), np.stack([WHITEN, 2 * WHITEN])),
     "student": closed_form.Student(LOC, WHITEN),
     "banana": closed_form.Banana(num_pairs=1),
@@ -34,6 +35,13 @@ def log_gamma(p, x):
     return stats.loggamma.logpdf(p.whiten @ (x - p.loc), p.shape).sum() + np.linalg.slogdet(p.whiten)[1]
 
 
+def logit_beta(p, x):
+    y = p.whiten @ (x - p.loc)
+    share = 1 / (1 + np.exp(-y))
+    jacobian = np.sum(np.log(share) + np.log1p(-share))
+    return stats.beta.logpdf(share, p.a, p.b).sum() + jacobian + np.linalg.slogdet(p.whiten)[1]
+
+
 def mixture(p, x):
     precision = np.swapaxes(p.whiten, 1, 2) @ p.whiten
     parts = [stats.multivariate_normal(loc, np.linalg.inv(a)).pdf(x) for loc, a in zip(p.loc, precision, strict=True)]
@@ -49,7 +57,14 @@ def banana(p, x):
     return stats.norm.logpdf(x[:5], 1).sum() + stats.norm.logpdf(x[5:], x[:5] ** 2 / 2, 0.5).sum()
 
 
-SCIPY = {"log-gamma": log_gamma, "mixture": mixture, "student": student, "banana": banana, "gmm-40": mixture}
+SCIPY = {
+    "log-gamma": log_gamma,
+    "logit-beta": logit_beta,
+    "mixture": mixture,
+    "student": student,
+    "banana": banana,
+    "gmm-40": mixture,
+}
 
 
 @pytest.mark.parametrize("name", CLOSED_FORM)

@@ -15,7 +15,7 @@ one object, so that what was compiled for it is used again.
 | diabetes, gaussian | 11, 20 | conjugate regressions |
 | funnel, many-well | 10, 32 | from the literature |
 | gmm-40 | 2 | forty modes |
-| log-gamma | 8 | skewed |
+| log-gamma, logit-beta | 8, 10 | skewed |
 | mixture | 6 | two modes |
 | student | 8 | heavy tails |
 | banana | 10 | bent |
@@ -29,6 +29,7 @@ from lehr.reference import Reference
 
 _CLOSED_FORM = {
     "log-gamma": closed_form.log_gamma,
+    "logit-beta": closed_form.logit_beta,
     "mixture": closed_form.mixture,
     "student": closed_form.student,
     "banana": closed_form.banana,
@@ -38,8 +39,8 @@ _CLOSED_FORM = {
 #: the names that `target` knows
 NAMES = (*_reference.NAMES, *_CLOSED_FORM)
 
-#: skewed, bimodal, heavy-tailed, correlated and bent, each with its exact evidence: what errors are calibrated on
-CALIBRATION = ("log-gamma", "mixture", "student", "gaussian", "banana")
+#: skewed (two), bimodal, heavy-tailed and bent, each with its exact evidence: what errors are calibrated on
+CALIBRATION = ("log-gamma", "logit-beta", "mixture", "student", "banana")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.distributions import Normal
 from jaxtyping import Array, Float
-from scipy.special import gammaln, logsumexp
+from scipy.special import betaln, gammaln, logsumexp
 
 from lehr.path import Problem
 from lehr.reference import Reference
@@ -35,6 +35,26 @@ class LogGamma(eqx.Module):
     @property
     def log_evidence(self) -> float:
         return float(np.sum(gammaln(self.shape)) - _log_det(self.whiten))
+
+
+class LogitBeta(eqx.Module):
+    """y = W (x - loc), y_i the logit of a Beta(a_i, b_i) variate: the posterior of log odds after a_i and b_i counts.
+
+    log target = sum_i a_i y_i - (a_i + b_i) log(1 + exp(y_i)),      Z = prod_i Beta(a_i, b_i) / |det W|.
+    """
+
+    loc: Float[Array, " dim"]
+    whiten: Float[Array, "dim dim"]
+    a: Float[Array, " dim"]
+    b: Float[Array, " dim"]
+
+    def __call__(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        y = self.whiten @ (x - self.loc)
+        return jnp.sum(self.a * y - (self.a + self.b) * jax.nn.softplus(y))
+
+    @property
+    def log_evidence(self) -> float:
+        return float(np.sum(betaln(self.a, self.b)) - _log_det(self.whiten))
 
 
 class Mixture(eqx.Module):
@@ -99,7 +119,7 @@ class Banana(eqx.Module):
         return float(self.num_pairs * np.log(2 * np.pi * self.width))
 
 
-Density = LogGamma | Mixture | Student | Banana
+Density = LogGamma | LogitBeta | Mixture | Student | Banana
 
 
 def _log_det(whiten: Float[Array, "dim dim"]) -> float:
@@ -123,6 +143,13 @@ def log_gamma() -> Reference:
     """Eight correlated log-gammas, from strongly to hardly skewed."""
     whiten = _whiten([0.6, 1.5, 0.4, 1.0, 0.8, 1.2, 0.5, 0.9], 0.6)
     return _reference(LogGamma(np.linspace(-1, 2, 8), whiten, np.geomspace(0.7, 6, 8)), 8, 3.0)
+
+
+def logit_beta() -> Reference:
+    """Ten correlated log odds, after few counts and many."""
+    whiten = _whiten([1.2, 0.5, 0.8, 1.5, 1.0, 0.6, 0.9, 0.7, 1.1, 1.3], -0.5)
+    a, b = np.geomspace(0.5, 20, 10), np.geomspace(8, 0.8, 10)
+    return _reference(LogitBeta(np.linspace(1, -1.5, 10), whiten, a, b), 10, 3.0)
 
 
 def mixture() -> Reference:

@@ -1,7 +1,8 @@
 """Bases fitted to a target: Gaussians from the curvature at its modes or the moments of draws, flows from draws."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -145,7 +146,7 @@ def flow_matched(
     others, with few parameters, and goes on log-linearly where there were no draws.
 
     Arguments:
-        key: a PRNG key, of the initial values and the order of the draws.
+        key: a PRNG key, of the order of the draws.
         draws: `(num_draws, dim)`, of scales near 1, which may repeat; a tenth of them says which epoch was the best.
         start: a flow that this function made, to go on from.
         num_layers: coupling layers of a new flow.
@@ -158,28 +159,39 @@ def flow_matched(
     """
     if not bool(jnp.all(jnp.isfinite(draws))):
         raise InputError("a flow cannot be fitted to draws that are not finite")
-    key_flow, key_fit = jax.random.split(key)
-    base = StandardNormal(draws.shape[1:])
-    bijection = start
-    if bijection is None:
-        transformer = eqx.tree_at(lambda affine: affine.scale, Affine(), Parameterize(_bounded_exp, jnp.zeros(())))
-        flow = coupling_flow(
-            key_flow, base_dist=base, transformer=transformer, flow_layers=num_layers, nn_width=1, nn_depth=0
-        )
-        # Near the identity to begin with.
-        bijection = jax.tree.map(lambda leaf: leaf * 0.1 if eqx.is_inexact_array(leaf) else leaf, flow.bijection)
+    bijection = _near_identity(draws.shape[1], num_layers, jnp.result_type(draws)) if start is None else start
     flow, _ = fit_to_data(
-        key_fit,
-        Transformed(base, bijection),
+        key,
+        Transformed(StandardNormal(draws.shape[1:]), bijection),
         draws,
-        # Decay, so that no scale depends on what it need not depend on, and explodes where there are no draws.
-        optimizer=optax.adamw(optax.cosine_decay_schedule(5e-3, _NUM_EPOCHS * (len(draws) // 128)), weight_decay=0.1),
+        optimizer=_decaying(_NUM_EPOCHS * (len(draws) // 128)),
         max_epochs=_NUM_EPOCHS,
         max_patience=_NUM_EPOCHS,
         batch_size=128,
         show_progress=False,
     )
     return flow.bijection
+
+
+# One object for each size: a flow holds functions, and new ones would be compiled anew.
+@functools.cache
+def _near_identity(dimension: int, num_layers: int, dtype: Any) -> AbstractBijection:
+    transformer = eqx.tree_at(lambda affine: affine.scale, Affine(), Parameterize(_bounded_exp, jnp.zeros(())))
+    flow = coupling_flow(
+        jax.random.key(0),
+        base_dist=StandardNormal((dimension,)),
+        transformer=transformer,
+        flow_layers=num_layers,
+        nn_width=1,
+        nn_depth=0,
+    )
+    return jax.tree.map(lambda x: (0.1 * x).astype(dtype) if eqx.is_inexact_array(x) else x, flow.bijection)
+
+
+@functools.cache
+def _decaying(num_steps: int) -> optax.GradientTransformation:
+    # Weights decay, so that no scale depends on what it need not depend on, and explodes where there are no draws.
+    return optax.adamw(optax.cosine_decay_schedule(5e-3, num_steps), weight_decay=0.1)
 
 
 def _bounded_exp(a: Array) -> Array:

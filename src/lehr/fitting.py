@@ -221,7 +221,7 @@ def _composed(inner: AbstractBijection, outer: AbstractBijection | None) -> Abst
     if outer is None:
         return inner
     if isinstance(inner, TriangularAffine) and isinstance(outer, TriangularAffine):
-        a, b = (unwrap(part) for part in (outer, inner))
+        a, b = unwrap(outer), unwrap(inner)
         return TriangularAffine(a.transform(b.loc), a.triangular @ b.triangular)
     return Chain([inner, outer])
 
@@ -252,5 +252,9 @@ def _wider(dimension: int) -> AbstractBijection:
 
 
 def _cast(bijection: AbstractBijection, dtype: Any) -> AbstractBijection:
-    """Its arrays in the dtype of the positions: a float64 map would widen float32 positions."""
+    """Its arrays in the dtype of the positions: a float64 map would widen float32 positions.
+
+    Without FlowJAX's parametrisations, which hold functions of their own, so that nothing is compiled twice.
+    """
+    bijection = unwrap(bijection)
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, bijection)

@@ -41,7 +41,7 @@ class TunedPath:
         size = int(run.num_steps)
         barrier = np.concatenate([[0.0], np.asarray(run.barrier[:size], np.float64)])
         log_step_size = np.asarray(run.log_step_size[:size], np.float64)
-        num_steps = int(np.clip(math.ceil(4 * barrier[-1] ** 2), 8, max_steps))
+        num_steps = _rounded_up(int(np.clip(math.ceil(4 * barrier[-1] ** 2), 8, max_steps)))
         num_leapfrog = int(np.clip(round(math.pi / 2 / math.exp(np.median(log_step_size))), 1, 10))
         betas = np.concatenate([[0.0], np.asarray(run.betas[:size], np.float64)])
         log_scale = np.asarray(run.log_scale[:size], np.float64)
@@ -74,6 +74,12 @@ class TunedPath:
             num_leapfrog=self.num_leapfrog,
         )
         return Annealer(base, Schedule(jnp.asarray(np.log(increments), dtype)), Metropolis(move))
+
+
+def _rounded_up(num_steps: int) -> int:
+    """To one of 8, 10, 12, 14, 16, 20, 24, ...: what is compiled for one run then often serves another."""
+    step = 2 ** max((num_steps - 1).bit_length() - 3, 0)
+    return -(-num_steps // step) * step
 
 
 def _spaced(
