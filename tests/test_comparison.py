@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from lehr.comparison import compare
 from lehr.errors import InputError
@@ -164,3 +165,20 @@ def test_faults_of_the_models():
         InputError, match=r"^the log evidence of 'b' is -inf, which cannot be compared: leave the model"
     ):
         compare({"a": evidence(-10.0), "b": evidence(-math.inf)})
+
+
+def test_plot(tmp_path):
+    models = {
+        "a": evidence(-12.0, 0.03),
+        "b": evidence(-10.0),
+        "c": evidence(-11.0, num_populations=1, converged=False),
+    }
+    result = compare(models)
+    left, right = result.plot(tmp_path / "comparison.png").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["b", "c\n(not converged)", "a"]
+    brackets = [line.get_xdata() for line in left.lines[::2]]
+    np.testing.assert_allclose(brackets[0], result.models[0].bracket)
+    # A bracket without ends is drawn as a point.
+    np.testing.assert_allclose(brackets[1], [-11, -11], atol=1e-5)
+    assert [bar.get_width() for bar in right.patches] == [model.probability for model in result.models]
+    assert imread(tmp_path / "comparison.png")[:, :, :3].std() > 0.05

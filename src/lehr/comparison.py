@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lehr.errors import InputError
 from lehr.report import Evidence, in_words, jsonable, table
@@ -107,6 +109,12 @@ class Comparison(NamedTuple):
         """For JSON: the models by rank and the warnings; numbers that are not finite become "inf", "-inf" or "nan"."""
         models = [model._asdict() | {"strength": model.strength} for model in self.models]
         return jsonable({"models": models, "warnings": self.warnings, "ranked": self.ranked})
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Two pictures, of the log evidences and the probabilities; written to `path` (PNG, PDF) if given."""
+        from lehr.report_plot import draw_comparison
+
+        return draw_comparison(self, path)
 
     def _is_told(self, model: RankedModel) -> bool:
         return bool(model.strength) and self.best.name not in model.not_separated_from

@@ -1,4 +1,4 @@
-"""The picture of an evidence estimate: what it started from, how it went, and where it ended."""
+"""Pictures: of an evidence estimate (what it started from, how it went, where it ended), and of a comparison."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from lehr.comparison import Comparison
 from lehr.report import Evidence, in_words
 
 _LOWER, _UPPER, _BAND = "C0", "C3", "0.9"
@@ -32,6 +33,35 @@ def draw_evidence(evidence: Evidence, path: str | Path | None = None) -> Figure:
     state = "" if evidence.converged else "   NOT CONVERGED"
     text = in_words(float(evidence.log_evidence), float(evidence.standard_error))
     figure.suptitle(f"log evidence {text} nats{state}")
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def draw_comparison(comparison: Comparison, path: str | Path | None = None) -> Figure:
+    """Two panels, the best model on top: log evidences with their 95 % brackets, and posterior probabilities.
+
+    Arguments:
+        comparison: of models.
+        path: where to write the picture, in the format of its suffix; not written if None.
+    """
+    models = comparison.models
+    figure = Figure(figsize=(10.0, 1.6 + 0.45 * len(models)), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    left, right = figure.subplots(1, 2, sharey=True)
+    place = np.arange(len(models))
+    for at, model in zip(place, models):
+        low, high = (end if np.isfinite(end) else model.log_evidence for end in model.bracket)
+        left.plot([low, high], [at, at], color=_LOWER, linewidth=4, alpha=0.45, solid_capstyle="butt")
+        left.plot(model.log_evidence, at, "|", color=_LOWER, markersize=14)
+        right.plot(model.probability_interval, [at, at], color="0.2", linewidth=1.5)
+    right.barh(place, [model.probability for model in models], height=0.5, color=_LOWER, alpha=0.45)
+    left.set_yticks(place, [model.name + ("" if model.converged else "\n(not converged)") for model in models])
+    left.set(xlabel="log evidence with its 95 % bracket, nats", ylim=(len(models) - 0.5, -0.5))
+    left.ticklabel_format(axis="x", useOffset=False)
+    left.xaxis.set_major_locator(MaxNLocator(5))
+    right.set(xlabel="posterior probability with its 95 % interval", xlim=(0, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
