@@ -18,6 +18,8 @@ from lehr.path import Problem
 from lehr.pilot import Pilot, pilot
 from lehr.transport import PulledBack, gaussian_map
 
+#: searches for modes: half the mass in each of two basins is missed once in 2^15 times
+_NUM_STARTS = 16
 #: a Gaussian is fitted to the moments of draws up to here: above, the draws needed cost more than the path they shorten
 _LARGEST_FOR_MOMENTS = 300
 #: a flow is fitted up to here
@@ -51,8 +53,11 @@ class Candidate(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """How far off the pilot's log evidence may be: two standard errors for perfect mixing, and a little."""
-        return 2 * self.barrier / math.sqrt(self.run.positions.shape[0]) + 0.2
+        """How far off the pilot's log evidence may be: 1.5 standard errors for perfect mixing, and a little.
+
+        Not more: to keep a base with a longer path costs gradients, to take one that misses a mode costs the answer.
+        """
+        return 1.5 * self.barrier / math.sqrt(self.run.positions.shape[0]) + 0.1
 
     @property
     def draws(self) -> Float[Array, "n dim"]:
@@ -149,7 +154,7 @@ class _Search:
 
     def modes(self) -> list:
         """The modes that searches from draws of the base find; none if the density has none that can be used."""
-        starts = self.problem.base.sample(jax.random.fold_in(self.key, 50), (4,))
+        starts = self.problem.base.sample(jax.random.fold_in(self.key, 50), (_NUM_STARTS,))
         try:
             modes, num_gradients = find_modes(self.problem.log_target, starts)
         except InputError as error:
