@@ -5,16 +5,23 @@ from typing import Any
 
 import tyro
 
-from lehr.commands import Evaluate, Figure2, Study, Train
+from lehr.commands import Compare, Evaluate, Evidence, Figure2, Study, Train
 from lehr.errors import InputError
 
-_COMMANDS: dict[str, Any] = {"train": Train, "evaluate": Evaluate, "study": Study}
+_COMMANDS: dict[str, Any] = {
+    "evidence": Evidence,
+    "compare": Compare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "study": Study,
+}
 _STUDIES: dict[str, Any] = {"figure2": Figure2, "list": Study}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; a fault of the user's is one sentence on standard error and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command = None
     try:
         command = parse(arguments)
         code = command.run(arguments)
@@ -27,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"lehr: cannot read or write {place} ({why}): check its permissions and the free space", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("lehr: stopped at once; what was saved is kept: go on with lehr train --resume FOLDER", file=sys.stderr)
+        print(f"lehr: stopped at once; {getattr(command, 'when_stopped', 'nothing was written')}", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 
@@ -25,6 +26,8 @@ class Train(Setting):
     """folder of the run (default: a new one, runs/DATA-OBJECTIVE)"""
     resume: Path | None = None
     """go on with the run in this folder; its configuration holds"""
+
+    when_stopped: ClassVar[str] = "what was saved is kept: go on with lehr train --resume FOLDER"
 
     def __post_init__(self):
         """Checks nothing: Tyro would frame the message. `run` makes the `Setting` itself."""
@@ -77,6 +80,78 @@ class Evaluate:
         from lehr.vae.command_evaluate import evaluate
 
         return evaluate(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Estimation:
+    """What `lehr evidence` and `lehr compare` have in common."""
+
+    data: Path | None = None
+    """JSON file with one object: the model's arguments by name; lists of numbers become arrays"""
+    tolerance: float = 0.05
+    """nats that either end of the bracket may be from the estimate"""
+    max_gradients: float = 1e6
+    """of the target, for each model, tuning included; 1e6 or 1000000"""
+    batch_size: int | None = None
+    """particles in memory at once (default: 4 populations a device)"""
+    x64: bool = False
+    """compute in float64"""
+    seed: int = 0
+    """of every random number"""
+    json: bool = False
+    """print the result as JSON instead of a table"""
+    plot: Path | None = None
+    """file for a picture of the result, such as out.png"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence(_Estimation):
+    """Estimate the log evidence of a model, with its error and a bracket, without tuning.
+
+    The model is FILE.py:NAME: in that Python file a NumPyro model, a lehr.Problem, a PyMC model, or a function that
+    returns one of the latter two. NumPyro models and functions are called with the data. Or it is a reference target
+    with verified log evidence: sonar, ionosphere, breast-cancer, seeds, brownian, lorenz, pines, diabetes, gaussian,
+    funnel, many-well.
+
+    Exit code 0 if the estimate converged, 3 if it did not (the result says why), 2 for a fault in what was given.
+    """
+
+    target: tyro.conf.Positional[str]
+    """FILE.py:NAME, or the name of a reference target"""
+    data_dir: Path | None = None
+    """folder of the reference targets' data (default: bayes in the folder LEHR_DATA)"""
+
+    when_stopped: ClassVar[str] = "there was no estimate yet"
+
+    def run(self, arguments: list[str]) -> int:
+        """Estimates, reports, and returns the exit code."""
+        del arguments
+        from lehr.command_evidence import estimate
+
+        return estimate(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(_Estimation):
+    """Rank models of the same data by their log evidence: Bayes factors and posterior probabilities.
+
+    Models are given as to lehr evidence, FILE.py:NAME, two or more; all are called with the same data, and count as
+    equally probable beforehand. What is known of each is said on standard error when it is done.
+
+    Exit code 0 if every estimate converged, 3 if one did not, 2 for a fault in what was given.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """FILE.py:NAME of each model"""
+
+    when_stopped: ClassVar[str] = "not every model was estimated, so there is no comparison; give fewer of them"
+
+    def run(self, arguments: list[str]) -> int:
+        """Estimates and compares, reports, and returns the exit code."""
+        del arguments
+        from lehr.command_evidence import rank
+
+        return rank(self)
 
 
 @dataclasses.dataclass(frozen=True)
