@@ -134,7 +134,7 @@ def moment_matched(draws: Float[Array, "num_draws dim"]) -> AbstractBijection:
 
 def flow_matched(
     key: PRNGKeyArray,
-    draws: Float[Array, "num_draws dim"],
+    draws: Float[Array, "num_draws size"],
     *,
     start: AbstractBijection | None = None,
     num_layers: int = 6,

@@ -130,8 +130,8 @@ def compare(results: Mapping[str, Evidence], *, prior: Mapping[str, float] | Non
     of a probability is that of 20,000 draws of all log evidences from normal distributions with their standard errors;
     it does not know of a bias, such as that of a run that did not converge.
 
-    Two models count as not separated if their log evidences differ by less than twice the error of the difference, or
-    their brackets overlap.
+    Two models count as not separated if their brackets overlap. (The estimates then differ by at least the sum of both
+    half widths, which is more than twice the error of their difference.)
 
     Arguments:
         results: what was estimated, by the name of the model; all for the same data.
@@ -168,7 +168,7 @@ def compare(results: Mapping[str, Evidence], *, prior: Mapping[str, float] | Non
             prior[name],
             float(probabilities[rank]),
             intervals[rank],
-            tuple(better for better in names[:rank] if not _separated(results[better], results[name])),
+            tuple(better for better in names[:rank] if not results[better].bracket[0] > results[name].bracket[1]),
         )
         for rank, name in enumerate(names)
     )
@@ -205,12 +205,6 @@ def _probability_intervals(log_prior: np.ndarray, values: np.ndarray, errors: np
     noise = np.random.default_rng(0).standard_normal((_NUM_SIMULATIONS, len(values)))
     low, high = np.quantile(_normalised(log_prior + values + errors * noise), [0.025, 0.975], axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high)]
-
-
-def _separated(better: Evidence, worse: Evidence) -> bool:
-    difference = float(better.log_evidence) - float(worse.log_evidence)
-    error = math.hypot(float(better.standard_error), float(worse.standard_error))
-    return difference > 2 * error and better.bracket[0] > worse.bracket[1]
 
 
 def _warnings(models: tuple[RankedModel, ...]) -> tuple[str, ...]:

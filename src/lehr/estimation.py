@@ -54,7 +54,8 @@ def evidence(
         key: a PRNG key.
         problem: base and target; the base need only cover the target roughly.
         tolerance: in nats.
-        max_gradients: of the target, for everything, tuning included.
+        max_gradients: of the target, for everything, tuning included. (The first pilot run, at least 32 particles, is
+            not cut short: a budget of a few thousand may be exceeded.)
         num_particles: N, particles of a population.
         fit_base: if false, the path starts from the given base as it is.
         posterior_draws: exact draws of the posterior, `(num_draws, dim)`, if there are any (the data are simulated):
@@ -77,7 +78,7 @@ def evidence(
     if problem.position.shape == (0,):
         return _without_dimensions(problem, tolerance, started)
     key_support, key_fit, key_cover, key_tune, key_run = jax.random.split(key, 5)
-    support = look_at(key_support, problem)
+    support = faults = look_at(key_support, problem)
     guarded = Problem(problem.base, Guarded(problem.log_target), problem.unravel)
     with Progress(max_gradients, show=progress) as display:
         fitted = fit(
@@ -90,24 +91,27 @@ def evidence(
         if fitted.best.bijection is not None:
             covering = PulledBack(problem.log_target, fitted.best.bijection)
             support = look_at(key_cover, Problem(fitted.best.problem.base, covering))
+            # Also NaN at which only the given base has draws is reported.
+            faults = max(faults, support, key=lambda seen: seen.num_invalid / seen.num_draws)
         engine = _Engine(fitted, num_particles, batch_size, max_gradients)
         engine.tune(key_tune)
-        ledger = _Ledger(engine, support, tolerance, posterior_draws)
+        ledger = _Ledger(engine, support, faults, tolerance, posterior_draws)
         interrupted, goal = False, _FEWEST_TO_STOP // 2
         try:
             while ledger.add(jax.random.fold_in(key_run, len(ledger.blocks))):
-                display.at(engine.spent, ledger.line())
                 if ledger.num_populations >= goal:
                     goal *= 2
                     if ledger.close_round().reach <= tolerance and ledger.num_populations >= _FEWEST_TO_STOP:
                         break
+                # As of the last round: every new number of populations would be compiled for.
+                display.at(engine.spent, ledger.line())
         except KeyboardInterrupt:
             if not ledger.blocks:
                 raise
             interrupted = True
     seconds = time.monotonic() - started
     if not ledger.blocks:
-        return _from_pilot(guarded, engine, support, tolerance, seconds)
+        return _from_pilot(guarded, engine, faults, tolerance, seconds)
     return ledger.report(guarded, interrupted=interrupted, seconds=seconds)
 
 
@@ -158,20 +162,18 @@ class _Engine:
         self.spent += self.cost
         return _backward(self.keys(key), self.annealer, self.problem.log_target, positions, log_weights)
 
-    def keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
+    def keys(self, key: PRNGKeyArray) -> Array:
         keys = jax.random.split(key, self.num_together)
         return keys if self.sharding is None else jax.device_put(keys, self.sharding)
 
 
 @eqx.filter_jit
-def _forward(keys: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_particles: int) -> Population:
+def _forward(keys: Array, annealer: Annealer, log_target: LogDensity, num_particles: int) -> Population:
     return jax.vmap(lambda key: smc(key, annealer, log_target, num_particles))(keys)
 
 
 @eqx.filter_jit
-def _backward(
-    keys: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, positions: Array, log_weights: Array
-) -> Array:
+def _backward(keys: Array, annealer: Annealer, log_target: LogDensity, positions: Array, log_weights: Array) -> Array:
     """Minus the log estimate of 1/Z by each population's weighted positions."""
 
     def one(key, positions, log_weights):
@@ -185,8 +187,10 @@ def _backward(
 class _Ledger:
     """What the runs that count have given so far."""
 
-    def __init__(self, engine: _Engine, support: Support, tolerance: float, posterior_draws: Array | None):
-        self.engine, self.support, self.tolerance = engine, support, tolerance
+    def __init__(
+        self, engine: _Engine, support: Support, faults: Support, tolerance: float, posterior_draws: Array | None
+    ):
+        self.engine, self.support, self.faults, self.tolerance = engine, support, faults, tolerance
         self.rounds: list[Round] = []
         self.blocks: list[tuple] = []
         self.exact = None
@@ -237,7 +241,7 @@ class _Ledger:
             rounds=tuple(self.rounds),
             num_gradients=engine.spent,
             seconds=seconds,
-            num_invalid=self.support.num_invalid,
+            num_invalid=self.faults.num_invalid,
             exact_upper=self.exact is not None,
             converged=False,
             tolerance=self.tolerance,
@@ -253,9 +257,11 @@ class _Ledger:
 
     def line(self) -> str:
         """The estimate and its bracket, for the progress bar."""
-        now = self.so_far()
-        low, high = now.bracket
-        return f"log Z = {in_words(float(now.log_evidence), float(now.standard_error))}, in [{low:.2f}, {high:.2f}]"
+        if not self.rounds:
+            return "first populations"
+        last = self.rounds[-1]
+        value = in_words(last.log_evidence, last.standard_error)
+        return f"log Z = {value}, between {last.lower.value:.2f} and {last.upper.value:.2f}"
 
     def report(self, problem: Problem, *, interrupted: bool, seconds: float) -> Evidence:
         """The report of all blocks, with what speaks against it."""
@@ -267,7 +273,7 @@ class _Ledger:
                 f"the estimate of the log evidence is {float(result.log_evidence)}: the density is infinite, or zero, "
                 "wherever the runs ended; check it near its mode"
             )
-        doubts = (*_doubts(result, self.engine, self.support), *(["It was interrupted."] if interrupted else []))
+        doubts = (*_doubts(result, self.engine, self.faults), *(["It was interrupted."] if interrupted else []))
         return dataclasses.replace(result, warnings=doubts, converged=not doubts)
 
 
@@ -433,5 +439,9 @@ def _check(
             f"a population needs at least 2 particles, but num_particles is {num_particles} and batch_size {batch_size}"
         )
     dimension = problem.position.shape[0]
-    if posterior_draws is not None and (posterior_draws.ndim != 2 or posterior_draws.shape[1] != dimension):
+    if posterior_draws is None:
+        return
+    if posterior_draws.ndim != 2 or posterior_draws.shape[1] != dimension:
         raise InputError(f"posterior_draws must have shape (num_draws, {dimension}), but it is {posterior_draws.shape}")
+    if not len(posterior_draws) or not bool(jnp.all(jnp.isfinite(posterior_draws))):
+        raise InputError("posterior_draws must be one finite draw or more: leave them out if there are none")

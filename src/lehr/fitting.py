@@ -118,7 +118,9 @@ def fit(
     """
     search = _Search(key, problem, max_gradients, say)
     dimension = problem.position.shape[0]
-    small, large = (256, 512) if max_gradients >= 100_000 else (64, 256)
+    # A run of N particles on a long path takes about 400 N gradients: so that the first takes half of them.
+    small = int(min(256, max(32, 2 ** math.floor(math.log2(max(max_gradients / 800, 1))))))
+    large = min(512, 4 * small)
     search.consider("given", None, small)
     num_modes = 0
     if fit_base:
@@ -149,8 +151,8 @@ class _Search:
         self.num_gradients = 0
 
     @property
-    def best_size(self) -> int:
-        return 0 if self.best is None else self.best.run.positions.shape[0]
+    def exhausted(self) -> bool:
+        return self.num_gradients > self.max_gradients
 
     def modes(self) -> list:
         """The modes that searches from draws of the base find; none if the density has none that can be used."""
@@ -165,7 +167,7 @@ class _Search:
 
     def refit_moments(self, num_particles: int) -> None:
         """Considers the Gaussian with the moments of the best run's particles."""
-        if self.best is None or self.best.barrier < _SHORT_ENOUGH:
+        if self.best is None or self.best.barrier < _SHORT_ENOUGH or self.exhausted:
             return
         # In the coordinates of the best base, where shrinkage is towards that base.
         draws, within = self.best.draws, self.best.bijection
@@ -177,7 +179,7 @@ class _Search:
 
         None if particles held out of the fit show that nothing is gained over a Gaussian.
         """
-        if self.best is None or self.best.barrier < _SHORT_ENOUGH:
+        if self.best is None or self.best.barrier < _SHORT_ENOUGH or self.exhausted:
             return
         if self.best.run.positions.shape[0] < num_particles:
             self.consider(self.best.name, self.best.bijection, num_particles)
@@ -202,7 +204,7 @@ class _Search:
 
     def consider(self, name: str, bijection: AbstractBijection | None, num_particles: int) -> bool:
         """Tries a base by a pilot run, which may become the best, unless the gradients are spent: then False."""
-        if self.best is not None and self.num_gradients > self.max_gradients:
+        if self.best is not None and self.exhausted:
             return False
         problem = self.problem
         if bijection is not None:

@@ -110,11 +110,15 @@ class Evidence(eqx.Module):
     def bracket(self) -> tuple[float, float]:
         """[lower - t se, upper + t se], in nats: each end at 97.5 %, and so both at 95 % or more; infinite if R = 1.
 
-        t is the 97.5 % quantile of Student's distribution with R - 1 degrees of freedom.
+        t is the 97.5 % quantile of Student's distribution with R - 1 degrees of freedom. The interval of the estimate
+        itself, lower +- t se, is always inside: noise or draws that miss something may put `upper` below `lower`.
         """
         n = self.forward.shape[0]
         t = float(student.ppf(0.975, n - 1)) if n > 1 else math.inf
-        low, high = self.lower.value - t * self.lower.error, self.upper.value + t * self.upper.error
+        low, high = (end.value + sign * t * end.error for sign, end in ((-1, self.lower), (1, self.upper)))
+        own = self.lower.value + t * self.lower.error
+        # A NaN goes on; max would lose it.
+        high = max(high, own) if not math.isnan(high + own) else math.nan
         return -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high
 
     @property

@@ -52,6 +52,8 @@ class SimulationCheck(NamedTuple):
             ("approximate gap", f"{in_words(*approximate)} nats, from the draws of the runs themselves"),
             ("work", f"{self.num_gradients:,} gradients"),
         ]
+        if gap < -4 * error:
+            rows.append(("CAUTION", "the gap is negative, which exact draws cannot give: check the simulator"))
         return table(rows)
 
     def to_dict(self) -> dict[str, Any]:
