@@ -93,7 +93,7 @@ conditioned = numpyro.handlers.condition(normal, {"mean": jnp.zeros(1)})
 """
 
 #: little work, and a tolerance that is met with it whatever the random numbers
-BUDGET = "--max-gradients=3e4"
+BUDGET = "--max-gradients=6e4"
 LOOSE = "--tolerance=0.5"
 
 
@@ -132,7 +132,7 @@ def test_a_problem_as_json(models):
     result = strict(line)
     assert result["converged"]
     assert_right(result, 1.5, 3.0)
-    assert result["num_gradients"] <= 30_000
+    assert result["num_gradients"] <= 60_000
     assert result["tolerance"] == 0.5
     assert "reference" not in result
     assert "log Z = " in answer.err
@@ -241,14 +241,15 @@ def test_a_numpyro_model(folder):
     answer = call(
         "evidence", f"{folder / 'sites.py'}:normal", f"--data={folder / 'y.json'}", "--max-gradients=5e3", "--json"
     )
-    assert answer.code == 3
     result = strict(answer.out)
+    assert answer.code == (0 if result["converged"] else 3)
     y, n = [0.3, -0.2, 1.1], 3
     # y ~ N(0, I + 1 1^T)
     square = sum(value**2 for value in y) - sum(y) ** 2 / (n + 1)
     truth = -0.5 * (square + math.log(n + 1) + n * math.log(2 * math.pi))
-    assert result["log_evidence"] == pytest.approx(truth, abs=5 * result["standard_error"])
-    assert 0 < result["standard_error"] < 0.2
+    # The posterior is Gaussian, and so is a fitted base: then all is exact, to float error.
+    assert result["log_evidence"] == pytest.approx(truth, abs=5 * result["standard_error"] + 1e-4)
+    assert 0 <= result["standard_error"] < 0.2
 
 
 @pytest.mark.parametrize(("name", "dim"), [("normal", 1), ("observed_only", 0), ("adapted", 1), ("conditioned", 0)])
