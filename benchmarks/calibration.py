@@ -161,6 +161,9 @@ def main() -> int:
     for name in options.targets:
         found = []
         for seed in range(options.seeds):
+            if seed % 25 == 0:
+                # Hundreds of compiled programs exhaust the memory maps that a process may have.
+                jax.clear_caches()
             key = (name, options.max_gradients, options.tolerance, seed)
             if (row := rows.find(*key)) is None:
                 row = dict(zip(rows.keys, key)) | measure(name, seed, options.max_gradients, options.tolerance)

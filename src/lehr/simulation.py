@@ -87,7 +87,8 @@ def simulate_check(
             compiled once.
         num_simulations: data sets, at least 2.
         progress: whether to show a progress bar on standard error.
-        **options: of `lehr.evidence`, which runs twice on each data set: with the exact draw and without.
+        **options: of `lehr.evidence`, which runs on each data set as it would on real data, and then on the first
+            populations with the exact draw.
 
     **Gradient**: not meant to be differentiated.
 
@@ -102,13 +103,14 @@ def simulate_check(
         for i in range(num_simulations):
             key_data, key_run = jax.random.split(jax.random.fold_in(key, i))
             problem, draw = simulate(key_data)
-            # The same key twice: the runs differ only in what is annealed back.
-            exact = evidence(key_run, problem, posterior_draws=draw[None], progress=False, **options)
             own = evidence(key_run, problem, progress=False, **options)
+            # The same key, and so the same path, but what is annealed back. One draw gives a bound only on average over
+            # draws, and no bracket to close: the first populations suffice.
+            few: dict[str, Any] = options | {"tolerance": math.inf}
+            exact = evidence(key_run, problem, posterior_draws=draw[None], progress=False, **few)
             num_gradients += exact.num_gradients + own.num_gradients
-            converged = exact.converged and own.converged
-            rows.append((float(exact.log_evidence), exact.upper.value, own.upper.value, converged))
-            display.at(i + 1, f"log Z in [{exact.lower.value:.2f}, {exact.upper.value:.2f}]")
+            rows.append((float(own.log_evidence), exact.upper.value, own.upper.value, own.converged))
+            display.at(i + 1, f"lower {own.lower.value:.2f}, upper {exact.upper.value:.2f}")
     lower, upper, approximate, converged = map(np.array, zip(*rows))
     return SimulationCheck(lower, upper, approximate, converged, num_gradients)
 
