@@ -29,6 +29,13 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a file has compiled is dropped after it: a process may have 65,530 memory maps, and all files take more."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(config, items):
     if "slow" in config.getoption("-m"):
         return
