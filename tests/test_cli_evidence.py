@@ -11,8 +11,8 @@ import jax
 import pytest
 from matplotlib.image import imread
 
-from lehr.command_evidence import load
 from lehr.errors import InputError
+from lehr.model_file import load
 from lehr.path import Problem
 from lehr.progress import Progress
 from lehr.reference import NAMES
@@ -396,7 +396,7 @@ def test_data_where_there_should_be_none_and_the_reverse(models, folder, tmp_pat
 
 def test_data_by_kind(folder, tmp_path):
     """Lists are arrays of the kind that was written; all else is what JSON makes of it."""
-    from lehr.command_evidence import read
+    from lehr.model_file import read
 
     content = {"x": [[1, 2], [3, 4]], "y": [1.5, 2], "z": [True, False], "n": 3, "s": "text", "b": True, "o": None}
     (tmp_path / "data.json").write_text(json.dumps(content))
