@@ -1,6 +1,6 @@
 """Whether the errors and brackets that `lehr.evidence` states are right, over seeds on targets of known evidence.
 
-    python -m benchmarks.calibration [--seeds 100] [--targets log-gamma ...] [--max-gradients 2e5] [--tolerance 0.05]
+    python -m benchmarks.calibration [--seeds 100] [--targets log-gamma ...] [--max-gradients 1e6] [--tolerance 0.05]
         [--json calibration.json]
 
 For each target, z = (log_evidence - truth) / standard_error over seeds: its mean and standard deviation with their
@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100, help="how many, from 0")
     parser.add_argument("--targets", nargs="+", choices=NAMES, default=CALIBRATION, metavar="TARGET")
-    parser.add_argument("--max-gradients", type=lambda text: int(float(text)), default=200_000)
+    parser.add_argument("--max-gradients", type=lambda text: int(float(text)), default=1_000_000)
     parser.add_argument("--tolerance", type=float, default=0.05, help="nats")
     parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
     options = parser.parse_args()

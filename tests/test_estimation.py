@@ -185,11 +185,11 @@ class TestTheWork:
     def test_gradients_are_what_the_target_is_asked_for(self, monkeypatch):
         # Values without gradients, which are looked at before: few, because every call is counted on the host.
         monkeypatch.setattr(estimation, "look_at", functools.partial(look_at, num_draws=256))
-        asked = 0
+        # A list, because callbacks come from several threads, and two additions to one number can count as one.
+        asked = []
 
         def count(x):
-            nonlocal asked
-            asked += np.size(x) // 2
+            asked.append(np.size(x) // 2)
 
         def target(x):
             jax.debug.callback(count, x)
@@ -198,7 +198,7 @@ class TestTheWork:
         result = estimate(Problem(base(), target), max_gradients=5400, num_particles=16)
         jax.effects_barrier()
         assert result.forward.shape[0] >= 4
-        assert asked == result.num_gradients + 256
+        assert sum(asked) == result.num_gradients + 256
 
     def test_it_doubles_from_round_to_round(self, result):
         rounds = result.rounds
@@ -213,11 +213,12 @@ class TestTheWork:
         assert 20_000 < spent[0] <= 25_000 < spent[1] <= 30_000
 
     def test_it_stops_at_the_tolerance(self, result, plain):
-        loose = estimate(plain, tolerance=1.0)
+        loose = estimate(plain, tolerance=1.0, max_gradients=200_000)
         assert loose.converged
         assert not loose.warnings
         assert loose.reach <= 1.0
-        assert loose.num_gradients < result.num_gradients
+        assert loose.forward.shape[0] == 32
+        assert loose.num_gradients < 100_000
         assert not result.converged
         assert "beyond the tolerance of 0.05" in result.warnings[0]
 
@@ -333,7 +334,8 @@ class TestFaultyDensities:
         # The power of the test before: without the share the upper end is wrong.
         monkeypatch.setattr(Support, "log_share", 0.0)
         problem = faulty(zero_below=-1.0)
-        result = estimate(problem, posterior_draws=problem.log_target.sample(jax.random.key(6), 500))
+        exact = problem.log_target.sample(jax.random.key(6), 500)
+        result = estimate(problem, posterior_draws=exact, max_gradients=100_000)
         with pytest.raises(AssertionError):
             assert_right(result, problem.log_target.log_evidence)
 
@@ -374,9 +376,12 @@ class TestBasesThatDoNotCover:
         with pytest.raises(InputError, match="give a base that covers"):
             estimate(problem)
 
-    def test_an_improper_target_does_not_converge(self):
-        result = estimate(Problem(base(), lambda x: 0 * jnp.sum(x)), tolerance=0.5)
+    def test_an_improper_target_does_not_converge(self, plain):
+        # Of shape and rate zero it is flat, and already compiled.
+        flat = eqx.tree_at(lambda f: (f.inner.shape, f.inner.rate), plain.log_target, (jnp.zeros(2), jnp.zeros(2)))
+        result = estimate(Problem(plain.base, flat), tolerance=0.5)
         assert not result.converged
+        assert result.num_invalid == 0
 
     def test_a_pilot_that_found_more_is_a_doubt(self, monkeypatch, plain):
         fit = estimation.fit

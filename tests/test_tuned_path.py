@@ -78,10 +78,10 @@ class TestFromAPilot:
 
     def test_steps_grow_with_the_square_of_the_barrier(self):
         lengths = [TunedPath.from_pilot(typical(total)).num_steps for total in (0.2, 3.0, 6.0)]
-        assert lengths[0] == 8
+        assert lengths[0] == 16
         # Their number may be rounded up.
-        assert 36 <= lengths[1] <= 45
-        assert 144 <= lengths[2] <= 180
+        assert 72 <= lengths[1] <= 90
+        assert 288 <= lengths[2] <= 352
 
     def test_steps_are_bounded(self):
         assert TunedPath.from_pilot(typical(1000.0)).num_steps == 512
@@ -105,7 +105,7 @@ class TestFromAPilot:
     def test_a_barrier_of_zero(self):
         path = TunedPath.from_pilot(pilot_of(np.zeros(1), np.ones(1), np.zeros(1), np.zeros((1, 2))))
         assert_increasing(path.betas)
-        assert path.num_steps == 8
+        assert path.num_steps == 16
 
 
 class TestAfterARun:

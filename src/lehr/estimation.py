@@ -24,8 +24,11 @@ from lehr.tuned_path import TunedPath
 
 #: independent populations that run together on a device, so that matrix products are large
 _TOGETHER = 4
-#: no decision to stop is taken on the spread of fewer populations
-_FEWEST_TO_STOP = 16
+#: the error from the spread of fewer populations is not to be relied on
+_FEWEST_TO_JUDGE = 16
+#: nor is it a reason to stop, as long as there are gradients, with fewer than these: estimates of Z are skewed to the
+#: right, so that a low mean comes with a low error; stopping where the error is low would make that worse
+_FEWEST_TO_STOP = 32
 #: share of the gradients that the search for a base may take
 _SHARE_FOR_FITTING = 0.4
 
@@ -36,7 +39,7 @@ def evidence(
     *,
     tolerance: float = 0.05,
     max_gradients: int = 1_000_000,
-    num_particles: int = 128,
+    num_particles: int = 64,
     fit_base: bool = True,
     posterior_draws: Float[Array, "num_draws dim"] | None = None,
     batch_size: int | None = None,
@@ -96,7 +99,7 @@ def evidence(
         engine = _Engine(fitted, num_particles, batch_size, max_gradients)
         engine.tune(key_tune)
         ledger = _Ledger(engine, support, faults, tolerance, posterior_draws)
-        interrupted, goal = False, _FEWEST_TO_STOP // 2
+        interrupted, goal = False, _FEWEST_TO_JUDGE // 2
         try:
             while ledger.add(jax.random.fold_in(key_run, len(ledger.blocks))):
                 if ledger.num_populations >= goal:
@@ -128,15 +131,23 @@ class _Engine:
         if batch_size is not None:
             num_particles = min(num_particles, batch_size)
             self.num_together = min(self.num_together, max(1, batch_size // num_particles))
-        left = max_gradients - self.spent
-        # A small budget is better spent on few particles in enough populations than the other way round.
-        while num_particles > 16 and left < self.num_together * num_particles * self.path.num_gradients * 10:
-            num_particles //= 2
+        # A small budget is better spent on few particles in enough populations than the other way round; then on a
+        # short path.
+        while self.path.num_steps > 8 and not self._suffices(num_particles):
+            if num_particles > 16:
+                num_particles //= 2
+            else:
+                self.path = TunedPath.from_pilot(self.candidate.run, max_steps=max(8, self.path.num_steps // 2))
         self.num_particles = num_particles
         self.sharding = None
         if self.num_together % len(devices) == 0 and len(devices) > 1:
             mesh = jax.sharding.Mesh(np.array(devices), ("populations",))
             self.sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("populations"))
+
+    def _suffices(self, num_particles: int) -> bool:
+        """Whether the gradients that are left suffice for tuning and as many populations as an error takes."""
+        runs = 2 + 2 * _FEWEST_TO_JUDGE // self.num_together
+        return self.max_gradients - self.spent >= runs * self.num_together * num_particles * self.path.num_gradients
 
     @property
     def cost(self) -> int:
@@ -295,7 +306,7 @@ def _block(population: Population, betas: Array, bijection: Any) -> tuple:
 def _doubts(result: Evidence, engine: _Engine, support: Support) -> list[str]:
     """One sentence on each thing that speaks against a result."""
     doubts = []
-    if result.forward.shape[0] < _FEWEST_TO_STOP:
+    if result.forward.shape[0] < _FEWEST_TO_JUDGE:
         doubts.append(
             f"max_gradients = {engine.max_gradients:,} was spent after {result.forward.shape[0]} populations, too few "
             f"to tell the error: give at least {_enough(engine):,}."
@@ -337,8 +348,8 @@ def _doubts(result: Evidence, engine: _Engine, support: Support) -> list[str]:
 
 
 def _enough(engine: _Engine) -> int:
-    """Gradients for as many populations as are needed to stop."""
-    return engine.fitted.num_gradients + (2 + 2 * _FEWEST_TO_STOP // engine.num_together) * engine.cost
+    """Gradients for as many populations as are needed to tell the error."""
+    return engine.fitted.num_gradients + (2 + 2 * _FEWEST_TO_JUDGE // engine.num_together) * engine.cost
 
 
 def _from_pilot(problem: Problem, engine: _Engine, support: Support, tolerance: float, seconds: float) -> Evidence:

@@ -34,14 +34,16 @@ class TunedPath:
     def from_pilot(cls, run: Pilot, *, max_steps: int = 512) -> "TunedPath":
         """The path of a pilot, with the number of steps and leapfrogs that its barrier and step sizes ask for.
 
-        With K steps of equal discrepancy and a barrier B, each step's weights have relative variance (B / K)^2: K = 4
-        B^2 leaves 1 / (4 K) a step, 1/4 a particle in all, with nothing gained by more steps than particles from there.
+        With K steps of equal discrepancy and a barrier B, each step's weights have relative variance (B / K)^2, in all
+        B^2 / K a particle: steps and particles reduce the variance alike, and cost alike. Tails that the base hardly
+        reaches are found by moves, not by draws of the base, and so K = 8 B^2, at least 16, with as few particles as
+        resampling allows: with half the steps and twice the particles a heavy-tailed target came out low by 0.3 errors.
         The leapfrogs make a trajectory of about a quarter of a period of a standard Gaussian, pi / 2.
         """
         size = int(run.num_steps)
         barrier = np.concatenate([[0.0], np.asarray(run.barrier[:size], np.float64)])
         log_step_size = np.asarray(run.log_step_size[:size], np.float64)
-        num_steps = _rounded_up(int(np.clip(math.ceil(4 * barrier[-1] ** 2), 8, max_steps)))
+        num_steps = _rounded_up(int(np.clip(math.ceil(8 * barrier[-1] ** 2), 16, max_steps)))
         num_leapfrog = int(np.clip(round(math.pi / 2 / math.exp(np.median(log_step_size))), 1, 10))
         betas = np.concatenate([[0.0], np.asarray(run.betas[:size], np.float64)])
         log_scale = np.asarray(run.log_scale[:size], np.float64)
