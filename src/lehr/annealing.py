@@ -59,13 +59,21 @@ def anneal(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_pa
     """
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, but it is {num_particles}")
+    return anneal_from(annealer, log_target, *base_draws(key, annealer.base, num_particles))
+
+
+def base_draws(key: PRNGKeyArray, base: Any, num_particles: int) -> tuple[Array, Float[Array, "num_particles dim"]]:
+    """Independent draws of the base, and with each a key for the chain that goes on from it."""
+    keys = jax.vmap(jax.random.split)(jax.random.split(key, num_particles))
+    return keys[:, 1], jax.vmap(base.sample)(keys[:, 0])
+
+
+def anneal_from(
+    annealer: Annealer, log_target: LogDensity, keys: Array, positions: Float[Array, "num_particles dim"]
+) -> WeightedParticles:
+    """`anneal` from given draws of the base: for gradients that treat the draws apart from the rest of the chain."""
     problem, annealer = prepare(annealer, log_target)
-
-    def one_particle(key):
-        key_base, key_chain = jax.random.split(key)
-        return _chain(key_chain, annealer, problem, annealer.base.sample(key_base), reverse=False)
-
-    return _weighted(jax.vmap(one_particle)(jax.random.split(key, num_particles)))
+    return _weighted(jax.vmap(lambda key, x: _chain(key, annealer, problem, x, reverse=False))(keys, positions))
 
 
 @eqx.filter_jit

@@ -7,7 +7,21 @@ one image); what is trained comes first, for `jax.grad`. `aiwae` returns its par
 
 from lehr.objectives.aiwae import aiwae
 from lehr.objectives.annealed import davi
-from lehr.objectives.elbo import elbo
+from lehr.objectives.elbo import elbo, elbo_exact_entropy, elbo_exact_kl
+from lehr.objectives.gradient_rules import davi_dreg, davi_stl, elbo_control_variate, elbo_stl, iwae_dreg, iwae_stl
 from lehr.objectives.multisample import iwae
 
-__all__ = ["aiwae", "davi", "elbo", "iwae"]
+__all__ = [
+    "aiwae",
+    "davi",
+    "davi_dreg",
+    "davi_stl",
+    "elbo",
+    "elbo_control_variate",
+    "elbo_exact_entropy",
+    "elbo_exact_kl",
+    "elbo_stl",
+    "iwae",
+    "iwae_dreg",
+    "iwae_stl",
+]

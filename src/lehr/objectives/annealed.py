@@ -26,6 +26,11 @@ def davi(annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, num_p
 
     Source: Zhang, Hsu, Li, Finn, Grosse 2021, equations (15) and (23).
     """
+    refuse_exact(annealer)
+    return anneal(key, annealer, log_target, num_particles).log_evidence
+
+
+def refuse_exact(annealer: Annealer) -> None:
+    """Raises for a kernel whose chain has no gradient."""
     if annealer.kernel.exact:
         raise InputError("DAVI needs an uncorrected kernel such as lehr.Hamiltonian; for corrected ones use aiwae")
-    return anneal(key, annealer, log_target, num_particles).log_evidence
