@@ -112,13 +112,13 @@ class TestTheAnswer:
         wide = targets.Gaussian(jnp.zeros(3), 3 * jnp.eye(3))
         # Exact draws are in the coordinates of the problem, and are brought to those of the base: the weights, being
         # equal, would not show a mistake.
-        backward, annealed = estimation._Engine.backward, []
+        backward, annealed = estimation.Engine.backward, []
 
         def seen(engine, key, positions, log_weights):
             annealed.append(engine.candidate.push(positions.reshape(-1, 3)))
             return backward(engine, key, positions, log_weights)
 
-        monkeypatch.setattr(estimation._Engine, "backward", seen)
+        monkeypatch.setattr(estimation.Engine, "backward", seen)
         draws = target.sample(jax.random.key(5), (50,))
         result = estimate(Problem(wide, lambda x: target.log_prob(x) - 40), fit_base=True, posterior_draws=draws)
         assert result.base != "given"

@@ -11,22 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal_reverse
+from lehr.engine import FEWEST_TO_JUDGE, Engine
 from lehr.errors import InputError
-from lehr.fitting import Fitted, fit
-from lehr.path import LogDensity, Problem
+from lehr.fitting import fit
+from lehr.path import Problem
 from lehr.progress import Progress
-from lehr.report import Bound, Evidence, Round, in_words
-from lehr.smc import PathStatistics, Population, smc, systematic, thermodynamic_integral
+from lehr.report import Evidence, Round, in_words
+from lehr.runless import from_pilot, without_dimensions
+from lehr.smc import Population, thermodynamic_integral
 from lehr.support import Guarded, Support, look_at
 from lehr.transport import PulledBack
-from lehr.tuned_path import TunedPath
 
-#: independent populations that run together on a device, so that matrix products are large
-_TOGETHER = 4
-#: the error from the spread of fewer populations is not to be relied on
-_FEWEST_TO_JUDGE = 16
-#: nor is it a reason to stop, as long as there are gradients, with fewer than these: estimates of Z are skewed to the
+#: as long as there are gradients no error is a reason to stop with fewer populations: estimates of Z are skewed to the
 #: right, so that a low mean comes with a low error; stopping where the error is low would make that worse
 _FEWEST_TO_STOP = 32
 #: share of the gradients that the search for a base may take
@@ -79,7 +75,7 @@ def evidence(
     started = time.monotonic()
     _check(problem, tolerance, max_gradients, num_particles, batch_size, posterior_draws)
     if problem.position.shape == (0,):
-        return _without_dimensions(problem, tolerance, started)
+        return without_dimensions(problem, tolerance, started)
     key_support, key_fit, key_cover, key_tune, key_run = jax.random.split(key, 5)
     support = faults = look_at(key_support, problem)
     guarded = Problem(problem.base, Guarded(problem.log_target), problem.unravel)
@@ -96,10 +92,10 @@ def evidence(
             support = look_at(key_cover, Problem(fitted.best.problem.base, covering))
             # Also NaN at which only the given base has draws is reported.
             faults = max(faults, support, key=lambda seen: seen.num_invalid / seen.num_draws)
-        engine = _Engine(fitted, num_particles, batch_size, max_gradients)
+        engine = Engine(fitted, num_particles, batch_size, max_gradients)
         engine.tune(key_tune)
         ledger = _Ledger(engine, support, faults, tolerance, posterior_draws)
-        interrupted, goal = False, _FEWEST_TO_JUDGE // 2
+        interrupted, goal = False, FEWEST_TO_JUDGE // 2
         try:
             while ledger.add(jax.random.fold_in(key_run, len(ledger.blocks))):
                 if ledger.num_populations >= goal:
@@ -114,92 +110,15 @@ def evidence(
             interrupted = True
     seconds = time.monotonic() - started
     if not ledger.blocks:
-        return _from_pilot(guarded, engine, faults, tolerance, seconds)
+        return from_pilot(guarded, engine, faults, tolerance, seconds)
     return ledger.report(guarded, interrupted=interrupted, seconds=seconds)
-
-
-class _Engine:
-    """Runs blocks of independent populations along one tuned path, and counts gradients."""
-
-    def __init__(self, fitted: Fitted, num_particles: int, batch_size: int | None, max_gradients: int):
-        self.fitted, self.candidate, self.max_gradients = fitted, fitted.best, max_gradients
-        self.problem = self.candidate.problem
-        self.spent = fitted.num_gradients
-        self.path = TunedPath.from_pilot(self.candidate.run)
-        devices = jax.local_devices()
-        self.num_together = _TOGETHER * len(devices)
-        if batch_size is not None:
-            num_particles = min(num_particles, batch_size)
-            self.num_together = min(self.num_together, max(1, batch_size // num_particles))
-        # A small budget is better spent on few particles in enough populations than the other way round; then on a
-        # short path.
-        while self.path.num_steps > 8 and not self._suffices(num_particles):
-            if num_particles > 16:
-                num_particles //= 2
-            else:
-                self.path = TunedPath.from_pilot(self.candidate.run, max_steps=max(8, self.path.num_steps // 2))
-        self.num_particles = num_particles
-        self.sharding = None
-        if self.num_together % len(devices) == 0 and len(devices) > 1:
-            mesh = jax.sharding.Mesh(np.array(devices), ("populations",))
-            self.sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("populations"))
-
-    def _suffices(self, num_particles: int) -> bool:
-        """Whether the gradients that are left suffice for tuning and as many populations as an error takes."""
-        runs = 2 + 2 * _FEWEST_TO_JUDGE // self.num_together
-        return self.max_gradients - self.spent >= runs * self.num_together * num_particles * self.path.num_gradients
-
-    @property
-    def cost(self) -> int:
-        """Gradients of a block in one direction."""
-        return self.num_together * self.num_particles * self.path.num_gradients
-
-    @property
-    def annealer(self) -> Annealer:
-        return self.path.annealer(self.problem.base, self.problem.position.dtype)
-
-    def tune(self, key: PRNGKeyArray) -> None:
-        """Two blocks whose statistics, not estimates, are used."""
-        for i in range(2):
-            if self.spent + 3 * self.cost > self.max_gradients:
-                return
-            self.path = self.path.after(self.forward(jax.random.fold_in(key, i)).path)
-
-    def forward(self, key: PRNGKeyArray) -> Population:
-        self.spent += self.cost
-        return _forward(self.keys(key), self.annealer, self.problem.log_target, self.num_particles)
-
-    def backward(self, key: PRNGKeyArray, positions: Array, log_weights: Array) -> Array:
-        self.spent += self.cost
-        return _backward(self.keys(key), self.annealer, self.problem.log_target, positions, log_weights)
-
-    def keys(self, key: PRNGKeyArray) -> Array:
-        keys = jax.random.split(key, self.num_together)
-        return keys if self.sharding is None else jax.device_put(keys, self.sharding)
-
-
-@eqx.filter_jit
-def _forward(keys: Array, annealer: Annealer, log_target: LogDensity, num_particles: int) -> Population:
-    return jax.vmap(lambda key: smc(key, annealer, log_target, num_particles))(keys)
-
-
-@eqx.filter_jit
-def _backward(keys: Array, annealer: Annealer, log_target: LogDensity, positions: Array, log_weights: Array) -> Array:
-    """Minus the log estimate of 1/Z by each population's weighted positions."""
-
-    def one(key, positions, log_weights):
-        key_draw, key_run = jax.random.split(key)
-        draws = positions[systematic(key_draw, jax.nn.softmax(log_weights))]
-        return -anneal_reverse(key_run, annealer, log_target, draws).log_evidence
-
-    return jax.vmap(one)(keys, positions, log_weights)
 
 
 class _Ledger:
     """What the runs that count have given so far."""
 
     def __init__(
-        self, engine: _Engine, support: Support, faults: Support, tolerance: float, posterior_draws: Array | None
+        self, engine: Engine, support: Support, faults: Support, tolerance: float, posterior_draws: Array | None
     ):
         self.engine, self.support, self.faults, self.tolerance = engine, support, faults, tolerance
         self.rounds: list[Round] = []
@@ -303,13 +222,13 @@ def _block(population: Population, betas: Array, bijection: Any) -> tuple:
     )
 
 
-def _doubts(result: Evidence, engine: _Engine, support: Support) -> list[str]:
+def _doubts(result: Evidence, engine: Engine, support: Support) -> list[str]:
     """One sentence on each thing that speaks against a result."""
     doubts = []
-    if result.forward.shape[0] < _FEWEST_TO_JUDGE:
+    if result.forward.shape[0] < FEWEST_TO_JUDGE:
         doubts.append(
             f"max_gradients = {engine.max_gradients:,} was spent after {result.forward.shape[0]} populations, too few "
-            f"to tell the error: give at least {_enough(engine):,}."
+            f"to tell the error: give at least {engine.enough:,}."
         )
     elif not result.reach <= result.tolerance:
         doubts.append(
@@ -345,86 +264,6 @@ def _doubts(result: Evidence, engine: _Engine, support: Support) -> list[str]:
             "mend it, for what is missing is unknown."
         )
     return doubts
-
-
-def _enough(engine: _Engine) -> int:
-    """Gradients for as many populations as are needed to tell the error."""
-    return engine.fitted.num_gradients + (2 + 2 * _FEWEST_TO_JUDGE // engine.num_together) * engine.cost
-
-
-def _from_pilot(problem: Problem, engine: _Engine, support: Support, tolerance: float, seconds: float) -> Evidence:
-    """What there is if the gradients do not suffice for one block: the estimate of the pilot run, marked."""
-    run = engine.candidate.run
-    size = int(run.num_steps)
-    positions = engine.candidate.push(run.positions)[None]
-    column = jnp.zeros(size, run.betas.dtype)
-    discrepancy = jnp.diff(jnp.concatenate([jnp.zeros(1), run.barrier[:size]])) ** 2
-    unknown = jnp.full((size + 1,), jnp.nan, column.dtype)
-    path = PathStatistics(
-        column + jnp.nan,
-        discrepancy,
-        column + jnp.nan,
-        column + jnp.nan,
-        jnp.exp(run.log_scale[:size]),
-        unknown,
-        unknown,
-    )
-    estimate = run.log_evidence[None]
-    low = Bound(float(run.log_evidence), math.inf)
-    high = Bound(math.inf, math.inf)
-    return Evidence(
-        forward=estimate,
-        backward=jnp.full_like(estimate, jnp.inf),
-        positions=positions,
-        log_weights=jnp.broadcast_to(estimate[:, None], positions.shape[:2]),
-        draws=positions if problem.unravel is None else jax.vmap(jax.vmap(problem.unravel))(positions),
-        betas=jnp.concatenate([jnp.zeros(1, column.dtype), run.betas[:size]]),
-        path=path,
-        thermodynamic=jnp.full_like(estimate, jnp.nan),
-        base=engine.candidate.name,
-        rounds=(Round(1, engine.spent, low.value, math.inf, low, high),),
-        num_gradients=engine.spent,
-        seconds=seconds,
-        num_invalid=support.num_invalid,
-        exact_upper=False,
-        converged=False,
-        tolerance=tolerance,
-        warnings=(
-            f"max_gradients = {engine.max_gradients:,} did not suffice for one round: this is the estimate of the "
-            f"pilot run, biased and without an error; give at least {_enough(engine):,}.",
-        ),
-    )
-
-
-def _without_dimensions(problem: Problem, tolerance: float, started: float) -> Evidence:
-    """A model without latent variables: the log density is the log evidence."""
-    value = problem.log_prob(jnp.zeros(0, problem.position.dtype))
-    if not math.isfinite(value):
-        raise InputError(f"the model has no latent variable, and its log density is {float(value)}: check its data")
-    two = jnp.broadcast_to(value, (2,))
-    positions, zero = jnp.zeros((2, 1, 0), value.dtype), jnp.zeros(1, value.dtype)
-    bound = Bound(float(value), 0.0)
-    return Evidence(
-        forward=two,
-        backward=two,
-        positions=positions,
-        log_weights=two[:, None],
-        draws=positions if problem.unravel is None else jax.vmap(jax.vmap(problem.unravel))(positions),
-        betas=jnp.array([0.0, 1.0], value.dtype),
-        path=PathStatistics(
-            zero + value, zero, zero + 1, zero + 1, jnp.zeros((1, 0)), jnp.array([value] * 2), jnp.zeros(2)
-        ),
-        thermodynamic=two,
-        base="none: the model has no latent variable, and this is exact",
-        rounds=(Round(2, 0, float(value), 0.0, bound, bound),),
-        num_gradients=0,
-        seconds=time.monotonic() - started,
-        num_invalid=0,
-        exact_upper=True,
-        converged=True,
-        tolerance=tolerance,
-        warnings=(),
-    )
 
 
 def _check(
