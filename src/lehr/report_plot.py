@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lehr.comparison import Comparison
 from lehr.report import Evidence, in_words
@@ -124,8 +124,8 @@ def _draw_rounds(axes: Axes, evidence: Evidence) -> None:
             gradients[known], (value - error)[known], (value + error)[known], color=colour, alpha=0.25, linewidth=0
         )
     axes.set(xlabel="gradients of the target, so far", ylabel="log Z, nats", title="rounds, ± one standard error")
-    if np.any(gradients > 0):
-        axes.set_xscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend(fontsize="small")
 
