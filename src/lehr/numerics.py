@@ -1,5 +1,8 @@
 """Small pieces of arithmetic that float32 and the speed of a gradient depend on."""
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -49,3 +52,8 @@ def compensated_add(total: Array, lost: Array, term: Array) -> tuple[Array, Arra
 def is_concrete(x: object) -> bool:
     """Whether the value of `x` can be looked at (it is not being traced)."""
     return not isinstance(x, Tracer)
+
+
+def stop_gradient(tree: Any) -> Any:
+    """The tree with the gradient of its arrays stopped; what is no array stays."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, tree)

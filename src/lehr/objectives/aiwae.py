@@ -1,14 +1,12 @@
 """The annealed importance weighted auto-encoder: corrected chains, no gradient through them."""
 
-from typing import Any
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal
 from lehr.errors import InputError
+from lehr.numerics import stop_gradient
 from lehr.objectives.elbo import elbo
 from lehr.path import LogDensity
 from lehr.weighted import WeightedParticles
@@ -44,13 +42,9 @@ def aiwae(
     if not annealer.kernel.exact:
         raise InputError("AIWAE needs a kernel made exact by lehr.Metropolis; for uncorrected ones use davi")
     key_chain, key_elbo = jax.random.split(key)
-    fixed_annealer, fixed_target = _stop_gradient((annealer, log_target))
-    particles = _stop_gradient(anneal(key_chain, fixed_annealer, fixed_target, num_particles))
+    fixed_annealer, fixed_target = stop_gradient((annealer, log_target))
+    particles = stop_gradient(anneal(key_chain, fixed_annealer, fixed_target, num_particles))
     fisher = jnp.sum(particles.weights * jax.vmap(log_target)(particles.positions))
     reparameterised = elbo(annealer.base, fixed_target, key_elbo, num_samples=num_particles)
     surrogate = fisher + reparameterised
     return particles.log_evidence + surrogate - jax.lax.stop_gradient(surrogate), particles
-
-
-def _stop_gradient(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, tree)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal_from, base_draws
 from lehr.errors import InputError
+from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws
 from lehr.path import LogDensity, Problem
@@ -147,7 +148,7 @@ def elbo_control_variate(base: Any, log_target: LogDensity, key: PRNGKeyArray, *
         raise InputError(
             f"a control variate's scale needs at least 3 samples to estimate, but num_samples is {num_samples}"
         )
-    problem, fixed_target = Problem(base, log_target), _stop_gradient(log_target)
+    problem, fixed_target = Problem(base, log_target), stop_gradient(log_target)
     trained, rest = eqx.partition(base, eqx.is_inexact_array)
 
     def log_weight(trained: Any, key: PRNGKeyArray) -> Array:
@@ -158,8 +159,8 @@ def elbo_control_variate(base: Any, log_target: LogDensity, key: PRNGKeyArray, *
     def log_base(trained: Any, x: Array) -> Array:
         return Problem(eqx.combine(trained, rest), fixed_target).log_base(x)
 
-    keys, fixed = jax.random.split(key, num_samples), _stop_gradient(trained)
-    x = _stop_gradient(jax.vmap(base.sample)(keys))
+    keys, fixed = jax.random.split(key, num_samples), stop_gradient(trained)
+    x = stop_gradient(jax.vmap(base.sample)(keys))
     g = jax.vmap(lambda key: _ravelled(jax.grad(log_weight)(fixed, key)))(keys)
     s = jax.vmap(lambda x: _ravelled(jax.grad(log_base)(fixed, x)))(x)
     gradient = jnp.mean(g + _leave_one_out_scale(g, s)[:, None] * s, axis=0)
@@ -180,7 +181,7 @@ def _leave_one_out_scale(g: Float[Array, "n size"], s: Float[Array, "n size"]) -
 
 def _path_log_weights(base: Any, log_target: LogDensity, x: Float[Array, "n dim"]) -> Float[Array, " n"]:
     """Log weights of draws of the base, without the score in their gradient."""
-    problem, fixed = Problem(base, log_target), Problem(_stop_gradient(base), log_target)
+    problem, fixed = Problem(base, log_target), Problem(stop_gradient(base), log_target)
     return jax.vmap(lambda x: problem.log_prob(x) - fixed.log_base(x))(x)
 
 
@@ -201,7 +202,7 @@ def _doubly_reparameterised(
     """log-mean-exp of the weights, with gradient sum_i w~_i d log w_i/d parts + w~_i^2 d log w_i/dx_i dx_i."""
     trained, rest = eqx.partition(parts, eqx.is_inexact_array)
     log_weights, pull = jax.vjp(
-        lambda trained, x: log_weights_of(eqx.combine(trained, rest), x), *_stop_gradient((trained, x))
+        lambda trained, x: log_weights_of(eqx.combine(trained, rest), x), *stop_gradient((trained, x))
     )
     weights = jax.nn.softmax(log_weights)
     of_trained, of_x = pull(weights)
@@ -217,7 +218,3 @@ def _zero_with_gradient(values: Float[Array, " size"], gradient: Float[Array, " 
 
 def _ravelled(tree: Any) -> Float[Array, " size"]:
     return jax.flatten_util.ravel_pytree(tree)[0]
-
-
-def _stop_gradient(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, tree)
