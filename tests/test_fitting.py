@@ -85,6 +85,19 @@ class TestAGaussianTarget:
         assert said[0].startswith("given: log Z about")
 
 
+def test_the_base_is_taken_wider_unless_it_is_the_target(gaussian):
+    _, exact, _ = gaussian
+    assert not any("widened" in tried.name for tried in exact.tried)
+    skewed = fit(jax.random.key(1), Problem(wide_base(), targets.log_gamma_2d()), max_gradients=50_000)
+    *_, narrow, wide = skewed.tried
+    assert wide.name == f"{narrow.name}, widened"
+    assert skewed.best is wide
+    assert isinstance(wide.bijection, TriangularAffine)
+    np.testing.assert_allclose(wide.bijection.loc, narrow.bijection.loc, rtol=1e-5)
+    # By 1 + 0.6 / sqrt(2) in either dimension.
+    np.testing.assert_allclose(wide.bijection.triangular, 1.42426 * narrow.bijection.triangular, rtol=1e-4)
+
+
 def test_only_the_given_base_if_told_so(gaussian):
     problem, _, _ = gaussian
     fitted = fit(jax.random.key(1), problem, fit_base=False, max_gradients=50_000)
