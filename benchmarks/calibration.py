@@ -1,7 +1,7 @@
 """Whether the errors and brackets that `lehr.evidence` states are right, over seeds on targets of known evidence.
 
-    python -m benchmarks.calibration [--seeds 100] [--targets log-gamma ...] [--max-gradients 1e6] [--tolerance 0.05]
-        [--json calibration.json]
+    python -m benchmarks.calibration [--seeds 100] [--first-seed 0] [--targets log-gamma ...] [--max-gradients 1e6]
+        [--tolerance 0.05] [--json calibration.json]
 
 For each target, z = (log_evidence - truth) / standard_error over seeds: its mean and standard deviation with their
 errors (0 and 1 if the errors are right), the share of seeds whose `bracket` holds the truth (at least the 95 % that it
@@ -147,7 +147,8 @@ def show(console: Console, results: dict[str, Calibration]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=100, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=100, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds that no setting was chosen on: from 100")
     parser.add_argument("--targets", nargs="+", choices=NAMES, default=CALIBRATION, metavar="TARGET")
     parser.add_argument("--max-gradients", type=lambda text: int(float(text)), default=1_000_000)
     parser.add_argument("--tolerance", type=float, default=0.05, help="nats")
@@ -160,7 +161,7 @@ def main() -> int:
     results = {}
     for name in options.targets:
         found = []
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             if seed % 25 == 0:
                 # Hundreds of compiled programs exhaust the memory maps that a process may have.
                 jax.clear_caches()

@@ -129,8 +129,7 @@ def _chain(
 ) -> tuple[Array, Array, Array | None]:
     """One particle: its last position, log weight, and acceptance by step.
 
-    The reverse chain runs the steps in reverse order, and the parts of each step too: (weight, move, refresh) becomes
-    (refresh, move, weight).
+    The reverse chain runs the steps in reverse order, and each step backwards.
     """
     kernel, schedule = annealer.kernel, annealer.schedule
     num_steps, betas = schedule.num_steps, schedule.betas
@@ -141,16 +140,13 @@ def _chain(
         state, total, lost = carry
         (beta, increment, stepped), noise = inputs
         kernel, density = eqx.combine(stepped, fixed), problem.at(beta)
-        if reverse:
-            state = kernel.refresh(state, noise)
-        transition = kernel.move(density, state, noise)
+        transition = (kernel.backwards if reverse else kernel.forwards)(density, state, noise)
         if kernel.exact:
             log_ratio = -increment * transition.state.point.log_ratio if reverse else increment * state.point.log_ratio
         else:
             log_ratio = transition.log_ratio
             assert log_ratio is not None
-        state = transition.state if reverse else kernel.refresh(transition.state, noise)
-        return (state, *compensated_add(total, lost, log_ratio)), transition.acceptance
+        return (transition.state, *compensated_add(total, lost, log_ratio)), transition.acceptance
 
     def chunk(carry, inputs):
         key, steps = inputs

@@ -4,9 +4,10 @@ A kernel T(x' | x) comes with the kernel L(x | x') that undoes it. Annealing nee
 
     a draw x' ~ T(. | x)   and   log [ L(x | x') / T(x' | x) ],
 
-on the space that carries the momentum where there is one. One step forwards is `move`, then `refresh` of the momentum;
-one step of the chain that undoes it is `refresh`, then `move`. That is all of time reversal: each move here is its own
-inverse up to the sign of the momentum, whose distribution is symmetric, and the refreshment is reversible.
+on the space that carries the momentum where there is one. One step `forwards` is `move`, then `refresh` of the
+momentum; one step `backwards`, of the chain that undoes it, is `refresh`, then `move`. That is all of time reversal:
+each move here is its own inverse up to the sign of the momentum, whose distribution is symmetric, and the refreshment
+is reversible. (A kernel whose L is learned, and so not its own inverse, says itself what a step backwards is.)
 """
 
 import abc
@@ -64,6 +65,15 @@ class AbstractKernel(eqx.Module):
         """The part of a step that does not: draws new momentum. Nothing by default."""
         del noise
         return state
+
+    def forwards(self, density: Tempered, state: State, noise: Any) -> Transition:
+        """A whole step: x' ~ T(. | x), with log [L(x | x') / T(x' | x)]."""
+        transition = self.move(density, state, noise)
+        return eqx.tree_at(lambda t: t.state, transition, self.refresh(transition.state, noise))
+
+    def backwards(self, density: Tempered, state: State, noise: Any) -> Transition:
+        """A whole step of the reverse chain: x ~ L(. | x'), with log [T(x' | x) / L(x | x')]; momentum is reversed."""
+        return self.move(density, self.refresh(state, noise), noise)
 
     def split_steps(self, num_steps: int, dimension: int) -> tuple[Any, Any]:
         """Splits into what differs by step (leaves with a leading axis K) and the rest; `equinox.combine` joins a row.
