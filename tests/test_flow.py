@@ -7,7 +7,8 @@ import pytest
 from flowjax.distributions import StandardNormal, Transformed
 
 from lehr import InputError
-from lehr.bases import flow_matched, moment_matched
+from lehr.bases import moment_matched
+from lehr.flows import flow_matched
 
 
 def funnel(key, num_draws):
@@ -23,7 +24,7 @@ def log_prob(bijection, draws):
 @pytest.fixture(scope="module")
 def fitted():
     key = jax.random.key(3)
-    return flow_matched(key, funnel(jax.random.fold_in(key, 1), 1024))
+    return flow_matched(key, funnel(jax.random.fold_in(key, 1), 1024)[:, None])
 
 
 def test_it_follows_a_funnel(fitted):
@@ -62,7 +63,7 @@ def test_far_away_it_stays_finite(fitted):
 
 def test_it_goes_on_from_a_flow(fitted):
     draws = funnel(jax.random.key(6), 1024)
-    further = flow_matched(jax.random.key(7), draws, start=fitted)
+    further = flow_matched(jax.random.key(7), draws[:, None], start=fitted)
     held_out = funnel(jax.random.key(8), 2000)
     assert jax.tree.structure(further) == jax.tree.structure(fitted)
     assert float(jnp.mean(log_prob(further, held_out) - log_prob(fitted, held_out))) > -0.05
@@ -70,7 +71,7 @@ def test_it_goes_on_from_a_flow(fitted):
 
 def test_the_same_key_gives_the_same_flow(fitted):
     key = jax.random.key(3)
-    again = flow_matched(key, funnel(jax.random.fold_in(key, 1), 1024))
+    again = flow_matched(key, funnel(jax.random.fold_in(key, 1), 1024)[:, None])
     z = jnp.array([0.4, -1.3])
     np.testing.assert_array_equal(again.transform(z), fitted.transform(z))
 
@@ -78,4 +79,4 @@ def test_the_same_key_gives_the_same_flow(fitted):
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_draws_that_are_not_finite(bad):
     with pytest.raises(InputError, match="not finite"):
-        flow_matched(jax.random.key(0), jnp.zeros((200, 2)).at[3, 1].set(bad))
+        flow_matched(jax.random.key(0), jnp.zeros((200, 1, 2)).at[3, 0, 1].set(bad))

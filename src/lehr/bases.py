@@ -1,20 +1,13 @@
-"""Bases fitted to a target: Gaussians from the curvature at its modes or the moments of draws, flows from draws."""
+"""Gaussian bases fitted to a target: from the curvature at its modes, or the moments of draws."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flowjax.bijections import AbstractBijection, Affine
-from flowjax.distributions import StandardNormal, Transformed
-from flowjax.flows import coupling_flow
-from flowjax.train import fit_to_data
-from jaxtyping import Array, Float, PRNGKeyArray
-from paramax import Parameterize
+from flowjax.bijections import AbstractBijection
+from jaxtyping import Array, Float
 from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf
 
@@ -24,8 +17,6 @@ from lehr.transport import gaussian_map
 
 #: up to here the Hessian is computed, stored and factorised whole (2,000 dimensions: 16 MB, 2,000 products)
 LARGEST_FULL_RANK = 2000
-#: of a flow's fit
-_NUM_EPOCHS = 50
 
 
 class Mode(NamedTuple):
@@ -130,80 +121,6 @@ def moment_matched(draws: Float[Array, "num_draws dim"]) -> AbstractBijection:
     spread = values.std(axis=0)
     covariance, _ = ledoit_wolf(values / spread)
     return gaussian_map(values.mean(axis=0), spread[:, None] * np.linalg.cholesky(covariance))
-
-
-def flow_matched(
-    key: PRNGKeyArray,
-    draws: Float[Array, "num_draws size"],
-    *,
-    start: AbstractBijection | None = None,
-    num_layers: int = 6,
-) -> AbstractBijection:
-    """The map from N(0, I) to a coupling flow fitted by maximum likelihood to draws, in at least 2 dimensions.
-
-    In each layer half of the coordinates shift the other half, and scale it by exp(3 tanh(a / 3)), with the shift and a
-    from a network of one hidden layer that is nearly linear in the first half: its units bend by 30 % at most. So it
-    follows necks, where the scale of some coordinates is log-linear in others, bends with bananas, and goes on
-    log-linearly where there were no draws.
-
-    Arguments:
-        key: a PRNG key, of the order of the draws.
-        draws: `(num_draws, dim)`, of scales near 1, which may repeat; a tenth of them says which epoch was the best.
-        start: a flow that this function made, to go on from.
-        num_layers: coupling layers of a new flow.
-
-    **Gradient**: not meant to be differentiated.
-
-    Raises `lehr.errors.InputError` for draws that are not finite.
-
-    Source: Dinh, Sohl-Dickstein, Bengio 2017 (coupling layers).
-    """
-    if not bool(jnp.all(jnp.isfinite(draws))):
-        raise InputError("a flow cannot be fitted to draws that are not finite")
-    bijection = _near_identity(draws.shape[1], num_layers, jnp.result_type(draws)) if start is None else start
-    flow, _ = fit_to_data(
-        key,
-        Transformed(StandardNormal(draws.shape[1:]), bijection),
-        draws,
-        optimizer=_decaying(_NUM_EPOCHS * (len(draws) // 128)),
-        max_epochs=_NUM_EPOCHS,
-        max_patience=_NUM_EPOCHS,
-        batch_size=128,
-        show_progress=False,
-    )
-    return flow.bijection
-
-
-# One object for each size: a flow holds functions, and new ones would be compiled anew.
-@functools.cache
-def _near_identity(dimension: int, num_layers: int, dtype: Any) -> AbstractBijection:
-    transformer = eqx.tree_at(lambda affine: affine.scale, Affine(), Parameterize(_bounded_exp, jnp.zeros(())))
-    flow = coupling_flow(
-        jax.random.key(0),
-        base_dist=StandardNormal((dimension,)),
-        transformer=transformer,
-        flow_layers=num_layers,
-        nn_width=max(32, dimension),
-        nn_depth=1,
-        nn_activation=_bent,
-    )
-    return jax.tree.map(lambda x: (0.1 * x).astype(dtype) if eqx.is_inexact_array(x) else x, flow.bijection)
-
-
-@functools.cache
-def _decaying(num_steps: int) -> optax.GradientTransformation:
-    # Weights decay, so that no scale depends on what it need not depend on, and explodes where there are no draws.
-    return optax.adamw(optax.cosine_decay_schedule(5e-3, num_steps), weight_decay=0.1)
-
-
-def _bent(h: Array) -> Array:
-    # More bend (silu alone) fits as well where there are draws, and loses the end of a neck, where there are few.
-    return 0.7 * h + 0.3 * jax.nn.silu(h)
-
-
-def _bounded_exp(a: Array) -> Array:
-    # Unbounded, a far draw would make a scale overflow.
-    return jnp.exp(3 * jnp.tanh(a / 3))
 
 
 def _precision(log_target: LogDensity) -> Callable[[Array], Array]:

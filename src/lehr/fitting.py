@@ -12,8 +12,9 @@ from flowjax.distributions import StandardNormal, Transformed
 from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import unwrap
 
-from lehr.bases import find_modes, flow_matched, laplace, moment_matched
+from lehr.bases import find_modes, laplace, moment_matched
 from lehr.errors import InputError
+from lehr.flows import flow_matched
 from lehr.path import Problem
 from lehr.pilot import Pilot, pilot
 from lehr.transport import PulledBack, gaussian_map
@@ -64,7 +65,12 @@ class Candidate(NamedTuple):
     @property
     def draws(self) -> Float[Array, "n dim"]:
         """Dependent draws of the target, in the candidate's coordinates; those of one particle follow each other."""
-        return jnp.swapaxes(self.run.draws, 0, 1).reshape(-1, self.run.positions.shape[1])
+        return self.families.reshape(-1, self.run.positions.shape[1])
+
+    @property
+    def families(self) -> Float[Array, "num_particles num_draws dim"]:
+        """The same by particle."""
+        return jnp.swapaxes(self.run.draws, 0, 1)
 
     def push(self, z: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
         """Positions of the candidate's problem, in the coordinates of the target."""
@@ -105,7 +111,7 @@ def fit(
 
     In order: the given base; the Laplace approximation at the modes that L-BFGS finds from draws of the base; Gaussians
     with the moments of the best run's particles; the best of these widened; and if the path is still long, flows, each
-    fitted to the particles of the run from the one before.
+    gone on with from the one before and fitted to the draws of all runs from flows so far.
 
     Arguments:
         key: a PRNG key.
@@ -202,14 +208,17 @@ class _Search:
             self.consider(self.best.name, self.best.bijection, num_particles)
         # The coordinates stay as they are, so that a flow can be gone on with.
         latest, flow, standard = self.best, None, moment_matched(self.best.push(self.best.draws))
+        seen = []
         for i in range(_MOST_FLOWS):
             key_hold, key_fit = jax.random.split(jax.random.fold_in(key, i))
-            draws = jax.vmap(standard.inverse)(latest.push(latest.draws))
-            if flow is None and not _gains(key_hold, draws, latest.run.draws.shape[0]):
+            draws = jax.vmap(standard.inverse)(latest.push(latest.draws)).reshape(latest.families.shape)
+            if flow is None and not _gains(key_hold, draws):
                 self.say("a coupling flow fits the particles no better than a Gaussian")
                 return
-            flow = flow_matched(key_fit, draws, start=flow)
-            name = f"coupling flow fitted {i + 1} times to {len(draws):,} draws"
+            # Of all the runs: fitted to the last alone, a flow loses what that run missed, and so does the next run.
+            seen.append(draws)
+            flow = flow_matched(key_fit, jnp.concatenate(seen), start=flow)
+            name = f"coupling flow fitted {i + 1} times to {sum(len(part) * part.shape[1] for part in seen):,} draws"
             if not self.consider(name, Chain([_wider(flow), flow, standard]), num_particles):
                 return
             latest = self.tried[-1]
@@ -250,21 +259,20 @@ def _composed(inner: AbstractBijection, outer: AbstractBijection | None) -> Abst
     return Chain([inner, outer])
 
 
-def _gains(key: PRNGKeyArray, draws: Float[Array, "n dim"], num_moves: int) -> bool:
+def _gains(key: PRNGKeyArray, draws: Float[Array, "num_families num_draws dim"]) -> bool:
     """Whether a flow's mean log density of held-out draws is significantly above that of a Gaussian.
 
-    An eighth of the particles is held out, each with all its `num_moves` draws, so that none is near one in the fit.
+    An eighth of the families is held out of both fits.
     """
-    kept = len(draws) // num_moves // 8 * num_moves
-    held_out, rest = draws[:kept], draws[kept:]
-    standard = StandardNormal(draws.shape[1:])
+    held_out, rest = jnp.split(draws, [len(draws) // 8])
+    standard = StandardNormal(draws.shape[2:])
 
     def log_prob(bijection: AbstractBijection) -> Array:
         return Transformed(standard, bijection).log_prob(held_out)
 
-    difference = log_prob(flow_matched(key, rest)) - log_prob(moment_matched(rest))
-    by_particle = difference.reshape(-1, num_moves).mean(axis=1)
-    return bool(jnp.mean(by_particle) > 2 * jnp.std(by_particle) / math.sqrt(len(by_particle)))
+    difference = log_prob(flow_matched(key, rest)) - log_prob(moment_matched(rest.reshape(-1, draws.shape[2])))
+    by_family = difference.mean(axis=1)
+    return bool(jnp.mean(by_family) > 2 * jnp.std(by_family) / math.sqrt(len(by_family)))
 
 
 def _wider(bijection: AbstractBijection) -> AbstractBijection:
