@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lehr.kernels import (
         Hamiltonian as Hamiltonian,
         Langevin as Langevin,
+        LearnedReverse as LearnedReverse,
         Metropolis as Metropolis,
         RandomWalk as RandomWalk,
     )
@@ -39,6 +40,7 @@ _HOME = {
     "simulate_check": "lehr.simulation",
     "Hamiltonian": "lehr.kernels",
     "Langevin": "lehr.kernels",
+    "LearnedReverse": "lehr.kernels",
     "Metropolis": "lehr.kernels",
     "RandomWalk": "lehr.kernels",
     "Problem": "lehr.path",

@@ -17,7 +17,7 @@ from paramax import Parameterize
 from lehr.errors import InputError
 
 #: a fit has blocks of so many steps, each on a batch of so many draws; after each the held-out draws are looked at
-_NUM_BLOCKS, _BLOCK, _BATCH = 48, 32, 128
+_NUM_BLOCKS, _BLOCK, _BATCH = 128, 32, 128
 #: families held out of a fit, at most
 _HELD_OUT = 64
 
@@ -36,7 +36,7 @@ def flow_matched(
     follows necks, where the scale of some coordinates is log-linear in others, bends with bananas, and goes on
     log-linearly where there were no draws.
 
-    Of 48 stages of the fit that one is taken at which draws held out had the highest likelihood. They are whole
+    Of 128 stages of the fit that one is taken at which draws held out had the highest likelihood. They are whole
     families: a draw's siblings, states of one Markov chain, would betray it, and a flow be taken that is far off
     between the chains it was fitted to.
 

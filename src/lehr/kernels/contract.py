@@ -122,6 +122,15 @@ class AbstractMove(AbstractKernel):
         """The momentum to start with; none by default."""
         del key, position
 
+    @property
+    @abc.abstractmethod
+    def reverse_scale(self) -> Array:
+        """The standard deviation of what the reverse kernel draws."""
+
+    @abc.abstractmethod
+    def reverse_noise(self, density: Tempered, before: State, moved: State, noise: Any) -> Float[Array, " dim"]:
+        """The standard normal noise with which the reverse kernel would draw the state `before` this move."""
+
     def flip(self, state: State) -> State:
         """The state with its momentum reversed."""
         return state

@@ -120,10 +120,20 @@ class Hamiltonian(AbstractMove):
         if self.logit_persistence is None:
             return State(state.point, noise)
         assert state.momentum is not None
-        g = jax.nn.sigmoid(self.logit_persistence)
+        return State(state.point, self.persistence * state.momentum + self.reverse_scale * noise)
+
+    @property
+    def reverse_scale(self) -> Array:
         # sqrt(1 - g^2), without cancellation as g -> 1
-        spread = jnp.sqrt(jax.nn.sigmoid(-self.logit_persistence) * (1 + g))
-        return State(state.point, g * state.momentum + spread * noise)
+        if self.logit_persistence is None:
+            return jnp.ones(())
+        return jnp.sqrt(jax.nn.sigmoid(-self.logit_persistence) * (1 + self.persistence))
+
+    def reverse_noise(self, density: Tempered, before: State, moved: State, noise: Any) -> Array:
+        # Of u' = g u_hat + s xi the reverse draw is u_hat = g u' + s z.
+        del density, before
+        assert moved.momentum is not None
+        return self.reverse_scale * moved.momentum - self.persistence * noise
 
     def flip(self, state: State) -> State:
         assert state.momentum is not None

@@ -35,9 +35,18 @@ class Langevin(AbstractMove):
 
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         e, x = self.step_size, state.point.position
-        before = density.gradient_at(state.point)
-        point = density.evaluate(x + e * (e / 2 * before + noise), gradient=True)
-        # The reverse draw needs the noise -(noise + drift), with drift = (e/2)(grad log f(x) + grad log f(x')). The
-        # difference of the two squared norms is written as a product: the norms would cancel in float32.
-        drift = e / 2 * (before + density.gradient_at(point))
+        point = density.evaluate(x + e * (e / 2 * density.gradient_at(state.point) + noise), gradient=True)
+        # The difference of the squared norms of the two noises is written as a product: they would cancel in float32.
+        drift = self._drift(density, state, State(point))
         return Transition(State(point), -jnp.sum(drift * (2 * noise + drift)) / 2)
+
+    def _drift(self, density: Tempered, before: State, after: State) -> Array:
+        """(e/2) [grad log f(x) + grad log f(x')]: the reverse kernel draws with the noise -(noise + drift)."""
+        return self.step_size / 2 * (density.gradient_at(before.point) + density.gradient_at(after.point))
+
+    @property
+    def reverse_scale(self) -> Array:
+        return self.step_size
+
+    def reverse_noise(self, density: Tempered, before: State, moved: State, noise: Any) -> Array:
+        return -(noise + self._drift(density, before, moved))

@@ -34,3 +34,11 @@ class RandomWalk(AbstractMove):
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         point = density.evaluate(state.point.position + self.step_size * noise, gradient=False)
         return Transition(State(point), jnp.zeros((), point.position.dtype))
+
+    @property
+    def reverse_scale(self) -> Array:
+        return self.step_size
+
+    def reverse_noise(self, density: Tempered, before: State, moved: State, noise: Any) -> Array:
+        del density, before, moved
+        return -noise
