@@ -384,14 +384,14 @@ class TestBasesThatDoNotCover:
         assert result.num_invalid == 0
 
     def test_a_pilot_that_found_more_is_a_doubt(self, monkeypatch, plain):
-        fit = estimation.fit
+        find_base = estimation.find_base
 
         def found_more(*args, **options):
-            fitted = fit(*args, **options)
+            fitted = find_base(*args, **options)
             run = eqx.tree_at(lambda run: run.log_evidence, fitted.best.run, fitted.best.run.log_evidence + 5)
             return fitted._replace(tried=[*fitted.tried, fitted.best._replace(name="another", run=run)])
 
-        monkeypatch.setattr(estimation, "fit", found_more)
+        monkeypatch.setattr(estimation, "find_base", found_more)
         result = estimate(plain, tolerance=1.0)
         assert not result.converged
         assert "another base (another) found" in result.warnings[0]

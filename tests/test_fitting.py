@@ -10,7 +10,7 @@ import pytest
 from flowjax.bijections import AbstractBijection, Affine, TriangularAffine
 
 from lehr import InputError, fitting
-from lehr.fitting import Candidate, fit
+from lehr.fitting import Candidate, find_base
 from lehr.path import Problem
 from lehr.pilot import Pilot
 from tests import targets
@@ -45,7 +45,7 @@ def gaussian():
     """A target that is a Gaussian, far from the base and narrow: problem, what was found, and what was said."""
     target = targets.Gaussian(jnp.array([4.0, -3.0]), jnp.array([[0.5, 0.0], [0.9, 0.2]]))
     problem, said = Problem(wide_base(), lambda x: target.log_prob(x) + 2), []
-    return problem, fit(jax.random.key(1), problem, max_gradients=50_000, say=said.append), said
+    return problem, find_base(jax.random.key(1), problem, max_gradients=50_000, say=said.append), said
 
 
 class TestAGaussianTarget:
@@ -88,7 +88,7 @@ class TestAGaussianTarget:
 def test_the_base_is_taken_wider_unless_it_is_the_target(gaussian):
     _, exact, _ = gaussian
     assert not any("widened" in tried.name for tried in exact.tried)
-    skewed = fit(jax.random.key(1), Problem(wide_base(), targets.log_gamma_2d()), max_gradients=50_000)
+    skewed = find_base(jax.random.key(1), Problem(wide_base(), targets.log_gamma_2d()), max_gradients=50_000)
     *_, narrow, wide = skewed.tried
     assert wide.name == f"{narrow.name}, widened"
     assert skewed.best is wide
@@ -100,7 +100,7 @@ def test_the_base_is_taken_wider_unless_it_is_the_target(gaussian):
 
 def test_only_the_given_base_if_told_so(gaussian):
     problem, _, _ = gaussian
-    fitted = fit(jax.random.key(1), problem, fit_base=False, max_gradients=50_000)
+    fitted = find_base(jax.random.key(1), problem, fit_base=False, max_gradients=50_000)
     assert [candidate.name for candidate in fitted.tried] == ["given"]
     assert fitted.best.bijection is None
     assert fitted.num_modes == 0
@@ -111,7 +111,7 @@ def test_only_the_given_base_if_told_so(gaussian):
 def test_nothing_more_is_begun_when_gradients_are_spent(monkeypatch, gaussian):
     monkeypatch.setattr(fitting, "_LARGEST_FOR_FLOW", 1)
     problem, _, _ = gaussian
-    fitted = fit(jax.random.key(1), problem, max_gradients=1)
+    fitted = find_base(jax.random.key(1), problem, max_gradients=1)
     assert [candidate.name for candidate in fitted.tried] == ["given"]
 
 
@@ -121,7 +121,7 @@ def test_a_flow_for_a_banana(monkeypatch, key):
     monkeypatch.setattr(fitting, "_SHORT_ENOUGH", 0.3)
     monkeypatch.setattr(fitting, "_MOST_FLOWS", 1)
     target = Banana(jnp.array(0.8), jnp.array(0.2))
-    fitted = fit(key, Problem(wide_base(), target), max_gradients=50_000)
+    fitted = find_base(key, Problem(wide_base(), target), max_gradients=50_000)
     barriers = {candidate.name.split(" ")[0]: candidate.barrier for candidate in fitted.tried}
     assert barriers["coupling"] < 0.7 * barriers["given"]
     assert "flow" in fitted.best.name
@@ -139,7 +139,7 @@ def test_two_modes_are_both_covered(monkeypatch):
         return jnp.logaddexp(-jnp.sum((x - 4) ** 2) / 2, -jnp.sum((x + 4) ** 2) / 2) - math.log(2 * math.pi)
 
     base = targets.Gaussian(jnp.zeros(2), 4 * jnp.eye(2))
-    fitted = fit(jax.random.key(5), Problem(base, two), max_gradients=20_000)
+    fitted = find_base(jax.random.key(5), Problem(base, two), max_gradients=20_000)
     first = np.asarray(fitted.best.push(fitted.best.draws))[:, 0]
     assert fitted.num_modes == 2
     assert 0.15 < np.mean(first > 0) < 0.85
@@ -149,7 +149,7 @@ def test_two_modes_are_both_covered(monkeypatch):
 @pytest.mark.parametrize("fit_base", [True, False])
 def test_no_base_reaches_a_density_of_zero(fit_base):
     with pytest.raises(InputError, match="no run from the base reached the target"):
-        fit(
+        find_base(
             jax.random.key(0),
             Problem(wide_base(), lambda x: -jnp.inf + 0 * x[0]),
             fit_base=fit_base,

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
         Metropolis as Metropolis,
         RandomWalk as RandomWalk,
     )
+    from lehr.optimisation import fit as fit
     from lehr.path import Problem as Problem, Schedule as Schedule
     from lehr.report import Evidence as Evidence
     from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check
+    from lehr.trained import Trained as Trained
     from lehr.weighted import WeightedParticles as WeightedParticles
 
 _HOME = {
@@ -43,8 +45,10 @@ _HOME = {
     "LearnedReverse": "lehr.kernels",
     "Metropolis": "lehr.kernels",
     "RandomWalk": "lehr.kernels",
+    "fit": "lehr.optimisation",
     "Problem": "lehr.path",
     "Schedule": "lehr.path",
+    "Trained": "lehr.trained",
     "WeightedParticles": "lehr.weighted",
 }
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.engine import FEWEST_TO_JUDGE, Engine
 from lehr.errors import InputError
-from lehr.fitting import fit
+from lehr.fitting import find_base
 from lehr.path import Problem
 from lehr.progress import Progress
 from lehr.report import Evidence, Round, in_words
@@ -43,7 +43,7 @@ def evidence(
 ) -> Evidence:
     """The log evidence log Z of a problem, with its standard error and a bracket.
 
-    Fits a base (`lehr.fitting.fit`), tunes schedule, step sizes and masses along the path from it, and then runs
+    Fits a base (`lehr.fitting.find_base`), tunes schedule, step sizes and masses along the path from it, and then runs
     independent populations of annealed sequential Monte Carlo with HMC moves, every one of them followed by annealing
     its draws back. Tuning ends before the first of the runs that count, so that it cannot bias them. The number of
     populations doubles until both ends of the bracket are within `tolerance` of the estimate, or `max_gradients` are
@@ -80,7 +80,7 @@ def evidence(
     support = faults = look_at(key_support, problem)
     guarded = Problem(problem.base, Guarded(problem.log_target), problem.unravel)
     with Progress(max_gradients, show=progress) as display:
-        fitted = fit(
+        fitted = find_base(
             key_fit,
             guarded,
             fit_base=fit_base,

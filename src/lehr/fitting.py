@@ -99,7 +99,7 @@ class Fitted(NamedTuple):
     num_modes: int
 
 
-def fit(
+def find_base(
     key: PRNGKeyArray,
     problem: Problem,
     *,
