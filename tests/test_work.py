@@ -101,3 +101,12 @@ def test_work_of_the_objectives(key):
     annealer = lehr.Annealer(base, Schedule.linear(NUM_STEPS), Hamiltonian(0.3, 0.5))
     lehr.objectives.davi(annealer, target.log_prob, key, num_particles=NUM_PARTICLES)
     assert target.per_particle == base.per_particle == {"values": 1, "gradients": NUM_STEPS}
+
+
+@pytest.mark.parametrize("num_leapfrog", [1, 2])
+def test_tuning_counts_its_gradients(num_leapfrog):
+    density = Counted(log_target)
+    start = lehr.Annealer(targets.base_2d(), Schedule.linear(2), Hamiltonian(0.1, num_leapfrog=num_leapfrog))
+    _, gradients = lehr.tune(jax.random.key(0), start, density.log_prob, num_particles=8)
+    jax.effects_barrier()
+    assert density.gradients == gradients

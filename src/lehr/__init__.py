@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RandomWalk as RandomWalk,
     )
     from lehr.optimisation import fit as fit
+    from lehr.greedy import tune as tune
     from lehr.path import Problem as Problem, Schedule as Schedule
     from lehr.report import Evidence as Evidence
     from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check
@@ -46,6 +47,7 @@ _HOME = {
     "Metropolis": "lehr.kernels",
     "RandomWalk": "lehr.kernels",
     "fit": "lehr.optimisation",
+    "tune": "lehr.greedy",
     "Problem": "lehr.path",
     "Schedule": "lehr.path",
     "Trained": "lehr.trained",

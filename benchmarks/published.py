@@ -1,0 +1,219 @@
+"""The bound against the number of gradients, from the base that others use and from lehr's own, beside their numbers.
+
+    python -m benchmarks.published [--targets brownian ...] [--methods ULA MCD UHA LDVI best] [--gradients 8 16 ...]
+        [--seeds 3] [--iterations 2000] [--json published.json] [--plot published.png]
+
+Each method starts from the mean-field Gaussian that maximises its own bound (the same for all four), is tuned
+(`lehr.tune`), and trained (`lehr.fit`): base, schedule, step sizes by step and dimension, persistence, and the reverse
+drift where there is one. `best` starts from the base that `lehr.evidence` would take, and trains the last two methods'
+better one. The score is the gap to the verified log Z of the mean of log w over fresh chains, with its error.
+
+K counts gradients of the target along one chain: K drift-kick-drift steps, or K - 1 Langevin steps, which need the
+gradient at both ends. The published rows count steps; their UHA and LDVI take two gradients a step.
+
+The published numbers are those of `shared/specs`: the printed outputs of the notebook of Vargas, Padhy, Blessing,
+Nuesken 2024 (CMCD), and, marked r, recalled from Geffner, Domke 2023 and not verified again.
+
+With `--json` every row is written to the file as it ends, and what is there already is not run again.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flowjax.distributions import Normal, StandardNormal
+from paramax import unwrap
+from rich.console import Console
+from rich.table import Column, Table
+
+import lehr
+from benchmarks.leaderboard import Rows
+from benchmarks.targets import target
+from lehr.bases import find_modes
+from lehr.fitting import find_base
+from lehr.kernels import network_drift
+from lehr.objectives import elbo_stl
+from lehr.path import Problem
+from lehr.transport import PulledBack, gaussian_map
+
+GRADIENTS = (8, 16, 32, 64, 128, 256)
+METHODS = ("ULA", "MCD", "UHA", "LDVI", "best")
+TARGETS = ("brownian", "ionosphere", "sonar", "seeds", "lorenz")
+
+#: K = 8 ... 256, steps; None where nothing is printed
+PUBLISHED: dict[tuple[str, str], tuple[float | None, ...]] = {
+    ("brownian", "ULA"): (-2.03, -1.55, -1.08, -0.73, None, -0.05),
+    ("brownian", "MCD"): (-1.45, -0.90, -0.45, -0.12, 0.25, 0.48),
+    ("brownian", "UHA"): (-1.63, -1.03, -0.46, 0.00, 0.37, 0.61),
+    ("brownian", "LDVI"): (-1.24, -0.29, 0.07, 0.50, 0.75, 0.85),
+    ("brownian", "CMCD"): (-0.75, -0.21, 0.15, 0.38, 0.58, 0.72),
+    ("brownian", "CMCD-UHA"): (-0.62, -0.11, 0.28, 0.53, 0.71, 0.83),
+    ("seeds", "UHA"): (-74.9, -74.6, -74.2, -74.1, -73.8, -73.7),
+    ("seeds", "LDVI"): (-74.9, -74.5, -74.1, -73.9, -73.7, -73.6),
+    ("seeds", "CMCD-UHA"): (-74.53, -74.22, -73.96, -73.78, -73.68, None),
+    ("ionosphere", "UHA"): (-115.6, -114.4, -113.4, -112.8, -112.3, -112.1),
+    ("ionosphere", "LDVI"): (-114.4, -113.1, -112.4, -112.1, -111.9, -111.7),
+    ("sonar", "UHA"): (-120.1, -116.8, -113.9, -111.9, -110.6, -109.7),
+    ("sonar", "LDVI"): (-116.3, -112.6, -110.6, -109.7, -109.1, -108.9),
+}
+
+_BATCH, _BASE_ITERATIONS, _BASE_BATCH = 16, 3000, 64
+
+
+class LogWeight(eqx.Module):
+    """The mean log weight of a batch of chains: what is maximised."""
+
+    log_target: Any
+
+    def __call__(self, annealer: lehr.Annealer, key: Any) -> Any:
+        return jnp.mean(lehr.anneal(key, annealer, self.log_target, _BATCH, memory="store").log_weights)
+
+
+class BaseBound(eqx.Module):
+    """The bound of a base alone."""
+
+    log_target: Any
+
+    def __call__(self, base: Any, key: Any) -> Any:
+        return elbo_stl(base, self.log_target, key, num_samples=_BASE_BATCH)
+
+
+def optimiser(rate: float, num_iterations: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, num_iterations // 20, num_iterations)
+    return optax.chain(optax.clip_by_global_norm(30.0), optax.adam(schedule, b2=0.99))
+
+
+@functools.cache
+def mean_field(name: str) -> tuple[Problem, str, int]:
+    """The problem in the coordinates of the best mean-field Gaussian, and the gradients that took."""
+    problem = target(name).problem
+    starts = problem.base.sample(jax.random.key(0), (4,))
+    modes = find_modes(problem.log_target, starts)
+    mode = modes.modes[0]
+    scale = np.sqrt(1 / np.diag(np.linalg.inv(mode.covariance)))
+    base = Normal(jnp.asarray(mode.loc, jnp.float32), jnp.asarray(scale, jnp.float32))
+    trained = lehr.fit(
+        jax.random.key(1),
+        BaseBound(problem.log_target),
+        base,
+        optimiser(1e-2, _BASE_ITERATIONS),
+        _BASE_ITERATIONS,
+        progress=False,
+    ).params
+    density = PulledBack(problem.log_target, unwrap(gaussian_map(trained.loc, trained.scale)))
+    gradients = modes.num_gradients + _BASE_ITERATIONS * _BASE_BATCH
+    return Problem(StandardNormal(problem.position.shape), density), "mean field", gradients
+
+
+def best_base(name: str, seed: int) -> tuple[Problem, str, int]:
+    fitted = find_base(jax.random.key(seed), target(name).problem, max_gradients=400_000)
+    return fitted.best.problem, fitted.best.name, fitted.num_gradients
+
+
+def annealer(method: str, problem: Problem, num_gradients: int) -> lehr.Annealer:
+    """Everything trainable: a mean-field correction of the base, and step sizes by step and dimension."""
+    (dimension,) = problem.position.shape
+    base = Normal(jnp.zeros(dimension), jnp.ones(dimension))
+    langevin = method in ("ULA", "MCD")
+    num_steps = num_gradients - 1 if langevin else num_gradients
+    sizes = jnp.full((num_steps, dimension), 0.1)
+    kernel: Any = lehr.Langevin(sizes) if langevin else lehr.Hamiltonian(sizes, np.full((num_steps, 1), 0.8))
+    if method in ("MCD", "LDVI"):
+        drift = network_drift(jax.random.key(5), dimension, momentum=not langevin)
+        kernel = lehr.LearnedReverse(kernel, drift)
+    return lehr.Annealer(base, lehr.Schedule.linear(num_steps), kernel)
+
+
+def measure(method: str, problem: Problem, num_gradients: int, seed: int, num_iterations: int) -> dict[str, Any]:
+    """Tunes, trains and scores one annealer."""
+    started = time.perf_counter()
+    key_tune, key_fit, key_score = jax.random.split(jax.random.key(seed), 3)
+    start = annealer(method, problem, num_gradients)
+    tuned, tuning = lehr.tune(key_tune, start, problem.log_target)
+    trained = lehr.fit(
+        key_fit, LogWeight(problem.log_target), tuned, optimiser(1e-2, num_iterations), num_iterations, progress=False
+    )
+    scores = {}
+    for stage, which in (("tuned", tuned), ("bound", trained.params)):
+        log_weights = np.asarray(lehr.anneal(key_score, which, problem.log_target, 4000).log_weights, np.float64)
+        scores[stage], scores[stage + "_error"] = log_weights.mean(), log_weights.std() / len(log_weights) ** 0.5
+    return scores | {
+        "training": num_iterations * _BATCH * num_gradients + tuning,
+        "skipped": int(trained.num_skipped),
+        "warnings": list(trained.warnings),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def cell(rows: list[dict[str, Any]], truth: float) -> str:
+    """Over seeds: the mean bound with its standard error, and the gap."""
+    bounds = np.array([row["bound"] for row in rows])
+    error = max(float(np.mean([row["bound_error"] for row in rows])), bounds.std() if len(bounds) > 1 else 0.0)
+    return f"{bounds.mean():.2f} +- {error / len(bounds) ** 0.5:.2f} ({truth - bounds.mean():.2f})"
+
+
+def show(console: Console, rows: Rows, names: list[str], gradients: list[int]) -> None:
+    for name in names:
+        truth = target(name).log_evidence
+        table = Table("method", *(Column(f"{k}", justify="right", no_wrap=True) for k in gradients))
+        table.title = f"{name}: bound (gap), log Z = {truth:.3f}"
+        for method in METHODS:
+            found = [
+                [r for r in rows.rows if (r["target"], r["method"], r["gradients"]) == (name, method, k)]
+                for k in gradients
+            ]
+            if any(found):
+                table.add_row(f"lehr {method}", *(cell(group, truth) if group else "-" for group in found))
+        for (of, method), values in PUBLISHED.items():
+            if of == name:
+                by_k = dict(zip(GRADIENTS, values))
+                shown = (by_k.get(k) for k in gradients)
+                table.add_row(
+                    f"published {method}", *("-" if v is None else f"{v:.2f} ({truth - v:.2f})" for v in shown)
+                )
+        console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--gradients", nargs="+", type=int, choices=GRADIENTS, default=list(GRADIENTS), metavar="K")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--iterations", type=int, default=2000, help="of training, for each row")
+    parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
+    parser.add_argument("--plot", type=Path, help="a PNG of the gaps")
+    options = parser.parse_args()
+
+    console = Console()
+    console.width = max(console.width, 170)
+    rows = Rows(options.json, ("target", "method", "gradients", "seed", "iterations"))
+    for seed in range(options.seeds):
+        for name in options.targets:
+            bases: dict[bool, tuple[Problem, str, int]] = {}
+            for method in options.methods:
+                for k in options.gradients:
+                    key = (name, method, k, seed, options.iterations)
+                    if rows.find(*key) is not None:
+                        continue
+                    own = method == "best"
+                    if own not in bases:
+                        bases[own] = best_base(name, seed) if own else mean_field(name)
+                    problem, base, fitting = bases[own]
+                    found = measure("LDVI" if own else method, problem, k, seed, options.iterations)
+                    rows.add(dict(zip(rows.keys, key)) | {"base": base, "fitting": fitting} | found)
+                jax.clear_caches()
+    show(console, rows, options.targets, options.gradients)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
