@@ -80,3 +80,22 @@ def test_the_same_key_gives_the_same_flow(fitted):
 def test_draws_that_are_not_finite(bad):
     with pytest.raises(InputError, match="not finite"):
         flow_matched(jax.random.key(0), jnp.zeros((200, 1, 2)).at[3, 0, 1].set(bad))
+
+
+def test_families_are_held_out_whole():
+    """Of draws that come in tight families a flow learns the families, unless whole ones say when to stop."""
+    key_centres, key_spread, key_fit = jax.random.split(jax.random.key(12), 3)
+    centres = jax.random.normal(key_centres, (48, 1, 2))
+    families = centres + 0.02 * jax.random.normal(key_spread, (48, 16, 2))
+    by_family = flow_matched(key_fit, families)
+    by_draw = flow_matched(key_fit, families.reshape(-1, 1, 2))
+    fresh = jax.random.normal(jax.random.key(13), (4000, 2))
+    exact = jnp.sum(jax.scipy.stats.norm.logpdf(fresh), axis=1)
+    lost_by_family, lost_by_draw = (float(jnp.mean(exact - log_prob(flow, fresh))) for flow in (by_family, by_draw))
+    assert lost_by_family < 0.5
+    assert lost_by_draw > 2 * lost_by_family
+
+
+def test_few_families():
+    with pytest.raises(InputError, match="at least 16 families"):
+        flow_matched(jax.random.key(0), jnp.ones((8, 4, 2)))
