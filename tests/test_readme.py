@@ -1,5 +1,6 @@
 """The README runs: its Python block as it stands, and its commands at least parse."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from lehr import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+TRAINING = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 
 
 def test_python_blocks_run_and_print_the_truth_that_they_state(capsys):
@@ -25,6 +27,21 @@ def test_python_blocks_run_and_print_the_truth_that_they_state(capsys):
     assert abs(found - truth) < 5 * error + 1e-3
     # One noisy draw of a lower bound that training has brought near: before it, it is below zero.
     assert truth - 0.7 < bound < truth + 0.7
+
+
+def test_the_block_of_the_page_on_training_runs_and_prints_the_truth_that_it_states(capsys):
+    block = "".join(re.findall(r"```python\n(.*?)```", TRAINING, flags=re.DOTALL))
+    truth = float(re.search(r"log\(2 pi 0.3\) = (\d\.\d+)", block).group(1))
+    assert truth == pytest.approx(math.log(2 * math.pi * 0.3), abs=1e-4)
+    exec(compile(block, "training.md", "exec"), {"__name__": "training"})
+    printed = capsys.readouterr().out
+    start, tuned, trained = map(float, re.search(r"start (\S+), tuned (\S+), trained (\S+)", printed).groups())
+    estimate, error = map(float, re.search(r"log Z = (\S+) \+- (\S+)", printed).groups())
+    # The bounds are of 2,000 chains each, and their errors a few hundredths.
+    assert start < tuned - 0.5 < trained - 0.5
+    assert truth - 0.4 < trained < truth + 0.1
+    assert 0 < error < 0.05
+    assert abs(estimate - truth) < 5 * error
 
 
 @pytest.mark.parametrize("command", re.findall(r"^lehr (.*)$", README, flags=re.MULTILINE))
