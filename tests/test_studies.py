@@ -2,10 +2,16 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
+import numpy as np
 import pytest
 
+from lehr import objectives
+from lehr.studies import sticking
 from lehr.studies.figure2 import _agreement, _budgets
+from tests import targets
 
 
 def test_budgets_end_at_the_largest_and_every_method_can_spend_them():
@@ -55,3 +61,71 @@ def test_figure2_needs_more_than_one_chain(tmp_path, capsys):
         main(["study", "figure2", str(tmp_path), "--num-chains", "1"])
     assert stopped.value.code == 2
     assert "2 chains" in capsys.readouterr().err
+
+
+def test_the_full_rank_base_of_sticking_is_the_gaussian_it_says(key):
+    covariance = np.array([[1.0, 0.4], [0.4, 0.5]])
+    base = sticking.Gaussian.of(np.array([1.0, -1.0]), covariance)
+    x = jnp.array([0.3, -0.2])
+    expected = targets.Gaussian(jnp.array([1.0, -1.0]), jnp.asarray(np.linalg.cholesky(covariance)))
+    np.testing.assert_allclose(base.log_prob(x), expected.log_prob(x), rtol=1e-5)
+    np.testing.assert_allclose(np.cov(base.sample(key, (100_000,)).T), covariance, atol=0.02)
+
+
+def test_the_linear_target_of_sticking_has_the_posterior_it_says(x64):
+    logistic, linear = sticking._targets()
+    posterior = linear.posterior()
+    np.testing.assert_allclose(jax.grad(linear)(posterior.loc), 0, atol=1e-8)
+    precision = -jax.hessian(linear)(posterior.loc)
+    scale = posterior._scale()
+    np.testing.assert_allclose(precision @ scale @ scale.T, np.eye(11), atol=1e-8)
+    # The other is not Gaussian: its curvature changes.
+    assert not np.allclose(*(jax.hessian(logistic)(x) for x in (jnp.zeros(11), jnp.ones(11))), rtol=0.5)
+
+
+def test_moments_of_the_gradient_are_right(key):
+    # The gradient is a + z with z ~ N(0, 4 I) in three dimensions.
+    def objective(a, target, key):
+        return target + jnp.sum(a**2) / 2 + 2 * jnp.sum(a * jax.random.normal(key, a.shape))
+
+    keys = jax.random.split(key, 4000)
+    bound = sticking.Bound(objective, jnp.zeros(()), ())
+    found = sticking.gradient_moments(bound, jnp.array([3.0, 0.0, 4.0]), keys)
+    assert abs(found["variance"] - 12) < 5 * found["variance_error"]
+    np.testing.assert_allclose(found["signal_to_noise"], 5 / 12**0.5, rtol=0.1)
+    assert np.isnan(sticking.gradient_moments(bound, jnp.zeros(3), keys)["signal_to_noise"])
+
+
+def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
+    from lehr.cli import main
+
+    linear = sticking._targets()[1]
+    posterior = linear.posterior()
+    start = sticking.Gaussian.of(posterior.loc + 0.05, 1.3 * posterior._scale() @ posterior._scale().T)
+    rules = {"plain": objectives.elbo, "control variate": objectives.elbo_control_variate, "STL": objectives.elbo_stl}
+    run = sticking.Run("in the family", start, linear, {"ELBO": (rules, (("num_samples", 4),))}, posterior)
+    monkeypatch.setattr(sticking, "runs", lambda key: [run])
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as studied:
+        main(["study", "sticking", "--num-iterations", "100", "--num-keys", "40", "--out", str(out), "--json"])
+    assert studied.value.code == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert json.loads((out / "sticking.json").read_text()) == result
+    assert "exact posterior: plain" in captured.err
+    assert [row["iteration"] for row in result["rows"][::3]] == [0, 1, 3, 10, 30, 100, 100]
+    by_rule = {rule: [row["variance"] for row in result["rows"] if row["rule"] == rule] for rule in rules}
+    # At the posterior the score is all the noise there is, and only the other two leave it out.
+    for rule in ("STL", "control variate"):
+        assert by_rule[rule][-1] < 1e-7 * by_rule["plain"][-1]
+    assert by_rule["plain"][-1] > 0.1 * by_rule["plain"][0]
+    assert matplotlib.image.imread(out / "sticking.png").shape[0] > 300
+
+
+def test_sticking_needs_more_than_a_few_keys(tmp_path, capsys):
+    from lehr.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "sticking", "--num-keys", "2", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "10 keys" in capsys.readouterr().err

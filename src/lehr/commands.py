@@ -182,6 +182,32 @@ class Figure2:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sticking:
+    """Variance and signal-to-noise of the gradient rules (plain, STL, control variate, DReG) along training runs.
+
+    On embedded data: five bounds, each for a posterior outside the base's family and for one inside.
+    """
+
+    out: Path = Path("runs/sticking")
+    """folder for sticking.json and sticking.png"""
+    num_iterations: int = 2000
+    """of each training run"""
+    num_keys: int = 400
+    """gradients at each iterate and rule"""
+    seed: int = 0
+    """of every random number of the study"""
+    json: bool = False
+    """print the result as JSON too"""
+
+    def run(self, arguments: list[str]) -> int:
+        """Runs the study; returns the exit code."""
+        del arguments
+        from lehr.studies.sticking import sticking
+
+        return sticking(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """List the studies: figures and tables of the papers, each a command `lehr study NAME` with options of its own."""
 
@@ -189,4 +215,5 @@ class Study:
         """Prints the studies; returns the exit code."""
         del arguments
         print("lehr study figure2 RUN   likelihood of a trained run by IWAE, AIS, HAIS and DAIS against gradients")
+        print("lehr study sticking      variance of the gradient rules along training, down to the exact posterior")
         return 0
