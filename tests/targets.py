@@ -23,7 +23,7 @@ class Gaussian(eqx.Module):
 
     def sample(self, key, shape=()):
         noise = jax.random.normal(key, (*shape, *self.loc.shape), self.loc.dtype)
-        return self.loc + noise @ self.scale_tril.T
+        return self.loc + noise @ jnp.tril(self.scale_tril).T
 
     def log_prob(self, x):
         # The inverse, because it is the same for all particles: batched triangular solves are slow.
