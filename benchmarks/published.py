@@ -204,7 +204,7 @@ def draw(path: Path, rows: Rows, names: list[str]) -> None:
         axis.minorticks_off()
     axes[0, 0].set_ylabel("log Z - bound (nats)")
     entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=2 * len(names), frameon=False)
     figure.savefig(path, dpi=150)
 
 
