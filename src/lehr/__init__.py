@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lehr.comparison import Comparison as Comparison, compare as compare
     from lehr.errors import InputError as InputError
     from lehr.estimation import evidence as evidence
+    from lehr.greedy import tune as tune
     from lehr.kernels import (
         Hamiltonian as Hamiltonian,
         Langevin as Langevin,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         RandomWalk as RandomWalk,
     )
     from lehr.optimisation import fit as fit
-    from lehr.greedy import tune as tune
     from lehr.path import Problem as Problem, Schedule as Schedule
     from lehr.report import Evidence as Evidence
     from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check

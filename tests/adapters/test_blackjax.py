@@ -7,7 +7,7 @@ import pytest
 
 import lehr
 from lehr import Annealer, InputError, Schedule
-from lehr.adapters.blackjax import BlackJAX
+from lehr.adapters.blackjax import BlackJAX, pathfinder
 from lehr.smc import smc
 from tests import targets
 from tests.statistics import THRESHOLD, assert_mean, assert_unbiased_weights, weight_z_score
@@ -102,3 +102,24 @@ def test_the_gradient_raises(key):
 def test_faults(key, algorithm, message):
     with pytest.raises(InputError, match=message):
         lehr.anneal(key, Annealer(BASE, Schedule.linear(1), BlackJAX(algorithm)), targets.conjugate_2d(), 2)
+
+
+class TestPathfinder:
+    def test_of_a_gaussian_it_is_that_gaussian(self, key):
+        target = targets.conjugate_2d()
+        found = pathfinder(key, lehr.Problem(targets.Gaussian(jnp.array([3.0, -3.0]), jnp.eye(2)), target))
+        x = target.sample(jax.random.key(1), (100,))
+        # Quasi-Newton steps in two dimensions see the Hessian only nearly.
+        log_ratio = jax.vmap(target)(x) - jax.vmap(found.base.log_prob)(x)
+        np.testing.assert_allclose(jnp.mean(log_ratio), target.log_evidence, atol=0.1)
+
+    def test_evidence_starts_from_it(self, key):
+        target = targets.log_gamma_2d()
+        problem = pathfinder(key, lehr.Problem(BASE, target))
+        result = lehr.evidence(key, problem, fit_base=False, max_gradients=60_000, progress=False)
+        assert result.base == "given"
+        assert abs(result.log_evidence - target.log_evidence) < 5 * result.standard_error + 1e-3
+
+    def test_a_density_that_is_not_finite(self, key):
+        with pytest.raises(InputError, match="no Gaussian with a finite bound"):
+            pathfinder(key, lehr.Problem(BASE, lambda x: jnp.nan * jnp.sum(x)))

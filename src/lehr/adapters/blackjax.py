@@ -1,15 +1,18 @@
-"""A BlackJAX algorithm as a kernel. What it needs of BlackJAX is in the algorithm, so that nothing is imported."""
+"""A BlackJAX algorithm as a kernel, and its Pathfinder as a base."""
 
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flowjax.distributions import StandardNormal, Transformed
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from lehr.errors import InputError
 from lehr.kernels.contract import AbstractKernel, State, Transition
 from lehr.kernels.metropolis import _forbid_gradient
-from lehr.path import Tempered
+from lehr.path import Problem, Tempered
+from lehr.transport import gaussian_map
 
 
 class BlackJAX(AbstractKernel):
@@ -79,6 +82,45 @@ class BlackJAX(AbstractKernel):
         # The mixed density too: where a position does not depend on beta, its acceptance does.
         point, acceptance, _ = _forbid_gradient((point, acceptance, density.log_prob_at(point)))
         return Transition(State(point), None, acceptance)
+
+
+def pathfinder(key: PRNGKeyArray, problem: Problem, *, num_samples: int = 200) -> Problem:
+    """The problem from another base: the Gaussian that Pathfinder finds from a draw of the given one.
+
+    Along the way of L-BFGS to a mode each inverse Hessian that it estimates makes a Gaussian; the one is taken whose
+    bound, the mean of log target - log Gaussian over `num_samples` draws, is highest. (`lehr.evidence` tries the
+    Laplace approximation at the mode by itself, and goes on from whatever base it is given.)
+
+    Arguments:
+        key: a PRNG key.
+        problem: base and target; the draw of the base is where the search starts.
+        num_samples: for each bound.
+
+    Returns the problem with a full-rank Gaussian base: memory is of order dim^2.
+
+    **Gradient**: not meant to be differentiated.
+
+    Raises `lehr.errors.InputError` if no Gaussian with a finite bound is found, or BlackJAX is not installed.
+
+    Source: Zhang, Carpenter, Gelman, Vehtari 2022 (Pathfinder), algorithm 1, as implemented by BlackJAX.
+    """
+    try:
+        from blackjax.vi import pathfinder
+    except ImportError as error:
+        raise InputError("pathfinder needs BlackJAX: pip install 'lehr[blackjax]'") from error
+    key_start, key_search = jax.random.split(key)
+    found, _ = pathfinder.approximate(key_search, problem.log_prob, problem.base.sample(key_start), num_samples)
+    alpha, beta, gamma, gradient, position = (
+        np.asarray(part, np.float64)
+        for part in (found.alpha, found.beta, found.gamma, found.grad_position, found.position)
+    )
+    # The inverse Hessian is diag(alpha) + beta gamma beta^T, and one Newton step from the position the centre.
+    covariance = np.diag(alpha) + beta @ gamma @ beta.T
+    if not np.isfinite(found.elbo) or not np.all(np.isfinite(covariance)):
+        raise InputError("Pathfinder found no Gaussian with a finite bound: check the density near a draw of the base")
+    gaussian = position + covariance @ gradient, np.linalg.cholesky(covariance)
+    bijection = gaussian_map(*(jnp.asarray(part, problem.position.dtype) for part in gaussian))
+    return Problem(Transformed(StandardNormal(problem.position.shape), bijection), problem.log_target, problem.unravel)
 
 
 #: what uncorrected algorithms call the account of a step
