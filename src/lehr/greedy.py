@@ -1,6 +1,6 @@
 """Step sizes and schedule of an uncorrected annealer, found greedily along the path before any gradient step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,9 +19,14 @@ _NUM_CANDIDATES, _WIDTHS = 7, (1.5, 1.0, 0.5)
 _ERRORS, _FACTORS = np.geomspace(0.03, 30, 7), np.geomspace(1 / 3, 3, 5)
 
 
-def tune(
-    key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, *, num_particles: int = 64
-) -> tuple[Annealer, int]:
+class Tuned(NamedTuple):
+    """What `tune` found, and the gradients that it took."""
+
+    annealer: Annealer
+    num_gradients: int
+
+
+def tune(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, *, num_particles: int = 64) -> Tuned:
     """The annealer with a step size for each step, and a schedule, that make the bound high before any gradient step.
 
     The log weight of a chain is the sum of its steps' increments,
@@ -45,8 +50,8 @@ def tune(
         log_target: maps a position `(dim,)` to the log unnormalised density, in nats.
         num_particles: N, for each C.
 
-    Returns the annealer, whose step sizes have shape `(num_steps, 1)` or `(num_steps, dim)`, and the number of
-    gradients that it took: 119 N a step and leapfrog (and as many values).
+    Returns a `Tuned`: the annealer, whose step sizes have shape `(num_steps, 1)` or `(num_steps, dim)`, and the number
+    of gradients that it took, 119 N a step and leapfrog (and as many values).
 
     **Gradient**: not meant to be differentiated.
 
@@ -78,7 +83,7 @@ def tune(
         num_sweeps += len(errors)
         errors = errors[best] * _FACTORS
     gradients = num_sweeps * num_steps * num_particles * _NUM_CANDIDATES
-    return annealer, gradients * getattr(_move(annealer.kernel), "num_leapfrog", 1)
+    return Tuned(annealer, gradients * getattr(_move(annealer.kernel), "num_leapfrog", 1))
 
 
 @eqx.filter_jit
