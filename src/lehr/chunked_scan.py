@@ -24,7 +24,7 @@ def scan_with_noise(
     key: PRNGKeyArray,
     steps: Any,
     *,
-    memory: Literal["store", "checkpoint"] | None,
+    memory: Literal["store", "checkpoint", "checkpoint twice"] | None,
 ) -> tuple[Any, Any]:
     """`lax.scan` of `step(carry, (steps[k], noise[k]))`, with the noise drawn for up to a hundred steps at a time.
 
@@ -37,8 +37,10 @@ def scan_with_noise(
         "store"       what enters every step, its noise and its gradient: of order K
         "checkpoint"  what enters every run of about sqrt(K/2) steps; a run is repeated when its gradient is taken, and
                       the noise drawn again: of order sqrt(K). Source: Griewank, Walther 2000, with two levels.
+        "checkpoint twice"  what enters every group of steps, of which there are K/100; a group is repeated, and in it
+                      each run of about ten steps: the least memory, for one more repetition.
     """
-    num_steps = _length(steps)
+    num_steps, all_steps = _length(steps), steps
     if memory is not None:
         # All else of a step costs less to repeat than to keep.
         step = _repeated(step, gradient_of_density.GRADIENT)
@@ -47,8 +49,9 @@ def scan_with_noise(
         key, steps = inputs
         size = _length(steps)
         steps = (steps, noise(key, size))
-        if memory != "checkpoint":
+        if memory is None or memory == "store":
             return jax.lax.scan(step, carry, steps)
+        num_steps = _length(all_steps) if memory == "checkpoint" else size
         return scan_groups(run, carry, *_split(steps, _group_size(size, largest=math.isqrt(num_steps // 2) + 1)))
 
     def run(carry, steps):
@@ -62,6 +65,8 @@ def scan_with_noise(
     if memory == "checkpoint":
         # Of the noise, an input of every run, nothing is kept: its key is.
         group_of_steps = _repeated(group, _START)
+    elif memory == "checkpoint twice":
+        group_of_steps = _repeated(group)
     return scan_groups(group_of_steps, carry, *in_groups(steps, group_keys(key, num_steps)))
 
 
@@ -78,9 +83,9 @@ def in_groups(steps: Any, keys: tuple[Array, Array]) -> tuple[Any, Any | None]:
     return (keys[0], whole), None if left is None else (keys[1], left)
 
 
-def _repeated(body: Body, kept: str) -> Body:
-    """`body`, of which reverse mode keeps the inputs and what has the name `kept`, and repeats the rest."""
-    policy = jax.checkpoint_policies.save_only_these_names(kept)
+def _repeated(body: Body, *kept: str) -> Body:
+    """`body`, of which reverse mode keeps the inputs and what has a name in `kept`, and repeats the rest."""
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 

@@ -88,7 +88,7 @@ def anneal_reversibly(
     gamma = kernel.persistence
     fraction = whole_numbers.nearest_fraction(gamma, jnp.int32)
     # Straight through: the value is the fraction's, the gradient the persistence's.
-    gamma = fraction.value.astype(x.dtype) + gamma - jax.lax.stop_gradient(gamma)
+    gamma = fraction.value(x.dtype) + gamma - jax.lax.stop_gradient(gamma)
     rates = Rates(kernel.h, gamma, jnp.sqrt((1 - gamma) * (1 + gamma)))
 
     def log_density(x, beta):

@@ -244,7 +244,7 @@ def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Arra
         zero = jnp.zeros((), x.dtype)
         carry = (x, chains.momentum(key_momentum, x), zero, zero)
         steps = (inputs.betas, stepped)
-        (x, _, total, lost), _ = scan_with_noise(step, chains.noise, carry, key_noise, steps, memory="checkpoint")
+        (x, _, total, lost), _ = scan_with_noise(step, chains.noise, carry, key_noise, steps, memory="checkpoint twice")
         return x, total + lost
 
     return jax.vmap(chain)(keys, inputs.x)

@@ -31,9 +31,9 @@ class Fraction(NamedTuple):
     n: Array
     d: Array
 
-    @property
-    def value(self) -> Array:
-        return self.n / self.d
+    def value(self, dtype: Any) -> Array:
+        """As a float."""
+        return self.n.astype(dtype) / self.d.astype(dtype)
 
 
 def nearest_fraction(gamma: Float[Array, "*shape"], dtype: Any) -> Fraction:
@@ -82,26 +82,26 @@ def plan(fractions: Callable[[int | Array], Fraction], num_steps: int, num_rows:
 
     _, push = jax.lax.scan(step, jnp.zeros((), jnp.uint32), jnp.arange(num_steps))
     count = jnp.cumsum(push)
-    # The row after the last is written by steps that hand on nothing.
-    return Plan(push, jnp.minimum(count - push, num_rows), count[-1] > num_rows)
+    return Plan(push, jnp.minimum(count - push, num_rows - 1), count[-1] > num_rows)
 
 
 def rows_of_buffer(num_steps: int, smallest_persistence: float) -> int:
     """How often the heads hand on bits in `num_steps` steps, at most."""
     # A head that has just handed on bits is at least 2^9, so that rounding adds less than what 0.1 % more steps would.
     bits = 1.001 * num_steps * math.log2(1 / smallest_persistence)
-    return max(0, math.ceil((bits - 24) / _PUSHED))
+    return max(1, math.ceil((bits - 24) / _PUSHED))
 
 
 def empty_buffer(num_rows: int, shape: tuple[int, ...]) -> UInt[Array, "num_rows *shape"]:
-    """A row for each time the heads hand on bits, and one that is written when they do not."""
-    return jnp.zeros((num_rows + 1, *shape), jnp.uint16)
+    """A row for each time the heads hand on bits."""
+    return jnp.zeros((num_rows, *shape), jnp.uint16)
 
 
 def push(buffer: UInt[Array, "num_rows ..."], head: UInt[Array, "..."], push: Array, row: Array) -> tuple[Array, Array]:
     """The buffer, and the heads after they handed on their low bits to its `row` if `push`."""
-    # Written in any case, which is cheap: until bits are handed on the row is written again.
-    buffer = jax.lax.dynamic_update_index_in_dim(buffer, head.astype(jnp.uint16), row, 0)
+    # A select of one row, and not a conditional, which would copy the buffer under vmap.
+    low = jnp.where(push, head.astype(jnp.uint16), jax.lax.dynamic_index_in_dim(buffer, row, 0, keepdims=False))
+    buffer = jax.lax.dynamic_update_index_in_dim(buffer, low, row, 0)
     return buffer, jnp.where(push, head >> _PUSHED, head)
 
 
