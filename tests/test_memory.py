@@ -21,6 +21,7 @@ from lehr import (
     reversible_chain,
     whole_numbers,
 )
+from lehr.reversible import memory_of
 
 NUM_STEPS = 130  # more than one group of steps, and some left
 
@@ -302,7 +303,7 @@ def test_what_is_refused(key):
     with pytest.raises((InputError, TypeError), match="memory"):
         run(Hamiltonian(0.1, 0.9), "less")
     with pytest.raises(InputError, match='memory must be "store", "checkpoint" or "reversible", but it is \'less\''):
-        reversible.memory_of("less", Hamiltonian(0.1, 0.9))
+        memory_of("less", Hamiltonian(0.1, 0.9))
     for kernel, message in (
         (Langevin(0.1), 'needs a lehr.Hamiltonian, not a Langevin: use memory="checkpoint"'),
         (Hamiltonian(0.1), "needs a persistence above 0"),
