@@ -1,7 +1,7 @@
 """Annealing with `memory="reversible"`: which kernels can, how much the gradient keeps, and the chain that does it."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def memory_of(memory: Any, kernel: AbstractKernel) -> Literal["store", "checkpoi
 
 
 def anneal_reversibly(
-    kernel: Hamiltonian,
+    kernel: AbstractKernel,
     schedule: Schedule,
     problem: Problem,
     keys: Array,
@@ -81,6 +81,7 @@ def anneal_reversibly(
 
     Raises `InputError` for positions of another type than float32 or float64.
     """
+    assert isinstance(kernel, Hamiltonian)  # `memory_of` has seen to it
     if x.dtype not in (jnp.float32, jnp.float64):
         raise InputError(f'memory="reversible" needs positions of float32 or float64, not {x.dtype}: {_USE}')
     num_steps, betas = schedule.num_steps, schedule.betas
@@ -103,5 +104,6 @@ def anneal_reversibly(
     expression, seen = gradient_of_density.closed(log_density, x[0], betas[0])
     num_rows = whole_numbers.rows_of_buffer(num_steps, memory.smallest_persistence)
     chains = Chains(expression, momentum, noise, num_steps, num_rows)
-    end, log_ratio = run(chains, keys, fraction, Inputs(x, betas[1:], rates, tuple(seen)))
+    inputs = Inputs(x, betas[1:], rates, tuple(seen))
+    end, log_ratio = cast(tuple[Array, Array], run(chains, keys, fraction, inputs))
     return end, log_ratio + jax.vmap(problem.log_prob)(end) - jax.vmap(problem.log_base)(x)

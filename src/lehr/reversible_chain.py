@@ -287,8 +287,10 @@ def _rows(
 ) -> tuple[Row, Row]:
     """All steps, divided into what differs by step and what does not."""
     h, _, spread = inputs.rates
-    factors = whole_numbers.pinned(trips, (inputs.betas, h / 2 * (unit / x_unit), h / unit, spread / unit))
-    row = Row(factors[0], inputs.rates, *factors[1:], fraction, plan.push, plan.row)
+    beta, drift, kick, spread = whole_numbers.pinned(
+        trips, (inputs.betas, h / 2 * (unit / x_unit), h / unit, spread / unit)
+    )
+    row = Row(beta, inputs.rates, drift, kick, spread, fraction, plan.push, plan.row)
     by_step = jax.tree.map(lambda leaf: leaf.ndim == 2, row)._replace(beta=True, push=True, slot=True)
     return eqx.partition(row, by_step)
 
@@ -314,9 +316,10 @@ def _fit(*numbers: Array) -> Bool[Array, ""]:
 
     def fits(a):
         limit = 2 ** (62 if a.dtype in (jnp.float64, jnp.int64) else 30)
-        return jnp.all((a < jnp.asarray(limit, a.dtype)) & (a > jnp.asarray(-limit, a.dtype)))
+        return (a < jnp.asarray(limit, a.dtype)) & (a > jnp.asarray(-limit, a.dtype))
 
-    return functools.reduce(jnp.logical_and, map(fits, numbers))
+    # elementwise first: one reduction in all
+    return jnp.all(functools.reduce(jnp.logical_and, map(fits, numbers)))
 
 
 def _sum_to(a: Float[Array, "num_particles dim"], like: Array) -> Array:
