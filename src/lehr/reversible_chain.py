@@ -19,7 +19,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lehr import gradient_of_density, whole_numbers
@@ -99,12 +98,6 @@ class Kept(NamedTuple):
     fits: Bool[Array, ""]
 
 
-class Differentiated(eqx.Module):
-    """Which of `Inputs.seen` a gradient is taken in: adjoints of data would be as large as the data, for nothing."""
-
-    seen: tuple[bool, ...] = eqx.field(static=True)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tuple[Array, Array]:
     """Last positions `(num_particles, dim)` and sums of the log ratios `(num_particles,)`.
@@ -160,23 +153,12 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     return found, Kept(keys, inputs, stepped, fixed, x_unit, trips, start, end, buffer, fits)
 
 
-def _forwards_for_reverse(chains: Chains, *primals: Any) -> tuple[tuple[Array, Array], tuple[Kept, Differentiated]]:
-    seen = tuple(leaf.perturbed and eqx.is_inexact_array(leaf.value) for leaf in primals[-1].seen)
-    values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-    found, kept = _forwards(chains, *values)
-    return found, (kept, Differentiated(seen))
-
-
-def _backwards(
-    chains: Chains, residuals: tuple[Kept, Differentiated], cotangents: tuple[Any, Any]
-) -> tuple[None, None, Inputs]:
-    kept, differentiated = residuals
-    cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=lambda a: isinstance(a, SymbolicZero))
+def _backwards(chains: Chains, kept: Kept, cotangents: tuple[Array, Array]) -> tuple[None, None, Inputs]:
     inputs, fixed, x_unit, trips = kept.inputs, kept.fixed, kept.x_unit, kept.trips
     real = inputs.x.dtype
     whole, unit = _grid(real)
     of_end, of_ratio = cotangents[0], cotangents[1][:, None]
-    floats, others = eqx.partition(inputs.seen, differentiated.seen)
+    floats, others = eqx.partition(inputs.seen, eqx.is_inexact_array)
 
     def gradients(x, beta):
         """Of the sum over particles, so that no particle has adjoints of a matrix to itself."""
@@ -239,14 +221,7 @@ def _backwards(
     return None, None, jax.lax.while_loop(lambda carry: ~carry[0], instead, (arrived, adjoints))[1]
 
 
-run.defvjp(_forwards_for_reverse, _backwards, symbolic_zeros=True)
-
-
-def _instantiated(cotangent: Any) -> Array:
-    if not isinstance(cotangent, SymbolicZero):
-        return cotangent
-    aval: Any = cotangent.aval
-    return jnp.zeros(aval.shape, aval.dtype)
+run.defvjp(_forwards, _backwards)
 
 
 def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Array]:
