@@ -76,8 +76,7 @@ class Hamiltonian(AbstractMove):
     #     x_half = x + (h/2) u,   u_hat = u + h grad log f(x_half),   x' = x_half + (h/2) u_hat.
     # So momentum, drift and weight cannot disagree about M.
     @property
-    def h(self) -> Array:
-        """Step size over momentum scale: M^(-1/2) e."""
+    def _h(self) -> Array:
         return jnp.exp(self.log_step_size - self.log_momentum_scale)
 
     def init(self, key: PRNGKeyArray, density: Tempered, position: Float[Array, " dim"]) -> State:
@@ -90,7 +89,7 @@ class Hamiltonian(AbstractMove):
     def move(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
         assert state.momentum is not None
-        h, u = self.h, state.momentum
+        h, u = self._h, state.momentum
         x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h / 2 * u, u)
         u, gained = _kick(u, h * density.gradient(x))
         return Transition(State(Point(x + h / 2 * u), u), log_ratio + gained)
@@ -98,7 +97,7 @@ class Hamiltonian(AbstractMove):
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
         assert state.momentum is not None
-        h = self.h
+        h = self._h
         u, first = _kick(state.momentum, h / 2 * density.gradient_at(state.point))
         x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h * u, u)
         point = density.evaluate(x, gradient=True)
@@ -107,7 +106,7 @@ class Hamiltonian(AbstractMove):
 
     def _kicks_and_drifts(self, density: Tempered, x: Array, u: Array) -> tuple[Array, Array, Array]:
         """The whole kicks and drifts between the two ends of a trajectory: all leapfrogs but one."""
-        h = self.h
+        h = self._h
 
         def kick_and_drift(carry, _):
             x, u, log_ratio = carry
