@@ -9,10 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln
 
 import lehr
+from lehr.numerics import inverse_of_lower
 
 
 class Gaussian(eqx.Module):
@@ -26,8 +26,8 @@ class Gaussian(eqx.Module):
         return self.loc + noise @ jnp.tril(self.scale_tril).T
 
     def log_prob(self, x):
-        # The inverse, because it is the same for all particles: batched triangular solves are slow.
-        u = solve_triangular(self.scale_tril, jnp.eye(len(self.loc), dtype=x.dtype), lower=True) @ (x - self.loc)
+        # The inverse, because it is the same for all particles: batched triangular solves are slow, and may hang.
+        u = inverse_of_lower(self.scale_tril) @ (x - self.loc)
         half_log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(self.scale_tril))))
         return -jnp.sum(u**2) / 2 - half_log_det - len(self.loc) * math.log(2 * math.pi) / 2
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lehr.numerics import bernoulli_log_prob, compensated_add, softplus
+from lehr.numerics import bernoulli_log_prob, compensated_add, inverse_of_lower, softplus
 
 LOGITS = np.array([-1e30, -1e4, -200.0, -80.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 80.0, 200.0, 1e4, 1e30])
 
@@ -79,3 +79,16 @@ def test_compensated_sum_of_minus_infinity(position):
     terms = jnp.array([1.0, -2.0, 3.0, 0.5]).at[position].set(-jnp.inf)
     total, lost = compensated_sum(terms)
     assert total + lost == -jnp.inf
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 20])
+def test_inverse_of_a_triangular_matrix_and_its_gradient(dim, x64):
+    rng = np.random.default_rng(dim)
+    scale = np.linalg.cholesky(np.cov(rng.normal(size=(dim, 2 * dim))).reshape(dim, dim))
+    inverse = inverse_of_lower(jnp.asarray(scale + np.triu(rng.normal(size=(dim, dim)), 1)))
+    np.testing.assert_allclose(inverse, np.linalg.inv(scale), atol=1e-10)
+    weight = rng.normal(size=(dim, dim))
+    gradient = jax.grad(lambda scale: jnp.sum(weight * inverse_of_lower(scale)))(jnp.asarray(scale))
+    # d(L^-1) = -L^-1 dL L^-1.
+    exact = np.tril(-np.linalg.inv(scale).T @ weight @ np.linalg.inv(scale).T)
+    np.testing.assert_allclose(gradient, exact, atol=1e-8 * np.abs(exact).max())

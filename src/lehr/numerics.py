@@ -49,6 +49,29 @@ def compensated_add(total: Array, lost: Array, term: Array) -> tuple[Array, Arra
     return new, lost + jnp.where(jnp.isfinite(new), error, 0)
 
 
+def inverse_of_lower(scale: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
+    """The inverse of a lower triangular matrix, by products alone; what is above the diagonal is not read.
+
+    With L = D (I - N), N is strictly lower, so that N^dim = 0 and the series of (I - N)^-1 ends:
+    I + N + N^2 + ... = (I + N) (I + N^2) (I + N^4) ... in log2(dim) factors. Its rounding errors grow faster with the
+    condition of L than those of substitution: it is meant for tens of dimensions.
+
+    Not `solve_triangular`, because LAPACK's, batched, may never end on a processor: two such solves that are
+    independent of each other each hold a thread of XLA's pool and wait for the same pool to do their parts
+    (jaxlib 0.10.2; `python -m benchmarks.deadlock`).
+
+    **Gradient**: exact.
+    """
+    dim = scale.shape[0]
+    diagonal = jnp.diagonal(scale)
+    power = -jnp.tril(scale, -1) / diagonal[:, None]
+    inverse = jnp.eye(dim, dtype=scale.dtype) + power
+    for _ in range(max(dim - 1, 1).bit_length() - 1):
+        power = power @ power
+        inverse = inverse + inverse @ power
+    return inverse / diagonal
+
+
 def is_concrete(x: object) -> bool:
     """Whether the value of `x` can be looked at (it is not being traced)."""
     return not isinstance(x, Tracer)
