@@ -1,12 +1,13 @@
 """The one annealing loop, forwards from the base and backwards from target samples."""
 
-from typing import Any
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lehr.chunked_scan import Memory, scan_with_noise
 from lehr.errors import InputError
 from lehr.kernels.contract import AbstractKernel, State
 from lehr.numerics import compensated_add
@@ -32,7 +33,14 @@ class Annealer(eqx.Module):
 
 
 @eqx.filter_jit
-def anneal(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_particles: int) -> WeightedParticles:
+def anneal(
+    key: PRNGKeyArray,
+    annealer: Annealer,
+    log_target: LogDensity,
+    num_particles: int,
+    *,
+    memory: Memory = "checkpoint",
+) -> WeightedParticles:
     """Anneals `num_particles` independent particles from the base to the target.
 
         x_0 ~ base,   x_k ~ T_k(. | x_{k-1}),
@@ -47,19 +55,22 @@ def anneal(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_pa
         annealer: base, schedule (K steps) and kernel.
         log_target: maps a position `(dim,)` to the log unnormalised density, a scalar, in nats.
         num_particles: N.
+        memory: what the gradient keeps of an uncorrected chain. "store": every step. "checkpoint": about
+            2.5 sqrt(K) steps, for one more run of the chain.
 
     Returns weighted particles: positions `(N, dim)`, log weights `(N,)`, acceptance by step `(K,)` for exact kernels.
 
-    **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels; raises
-    `TypeError` through `Metropolis`.
+    **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels, in reverse
+    mode, and the same for every `memory` up to rounding; forward mode alone raises `TypeError`, and so does any
+    gradient through `Metropolis`, for which `memory` means nothing.
 
-    Raises `lehr.errors.InputError` for shapes that do not fit or fewer than one particle.
+    Raises `lehr.errors.InputError` for shapes that do not fit, fewer than one particle, or an unknown `memory`.
 
     Source: Neal 2001; Zhang, Hsu, Li, Finn, Grosse 2021, equation (12); Sohl-Dickstein, Culpepper 2012.
     """
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, but it is {num_particles}")
-    return anneal_from(annealer, log_target, *base_draws(key, annealer.base, num_particles))
+    return anneal_from(annealer, log_target, *base_draws(key, annealer.base, num_particles), memory=memory)
 
 
 def base_draws(key: PRNGKeyArray, base: Any, num_particles: int) -> tuple[Array, Float[Array, "num_particles dim"]]:
@@ -69,11 +80,22 @@ def base_draws(key: PRNGKeyArray, base: Any, num_particles: int) -> tuple[Array,
 
 
 def anneal_from(
-    annealer: Annealer, log_target: LogDensity, keys: Array, positions: Float[Array, "num_particles dim"]
+    annealer: Annealer,
+    log_target: LogDensity,
+    keys: Array,
+    positions: Float[Array, "num_particles dim"],
+    *,
+    memory: Memory = "checkpoint",
 ) -> WeightedParticles:
     """`anneal` from given draws of the base: for gradients that treat the draws apart from the rest of the chain."""
+    if memory not in get_args(Memory):
+        raise InputError(f"memory must be one of {', '.join(get_args(Memory))}, but it is {memory!r}")
     problem, annealer = prepare(annealer, log_target)
-    return _weighted(jax.vmap(lambda key, x: _chain(key, annealer, problem, x, reverse=False))(keys, positions))
+
+    def one_particle(key, position):
+        return _chain(key, annealer, problem, position, reverse=False, memory=memory)
+
+    return _weighted(jax.vmap(one_particle)(keys, positions))
 
 
 @eqx.filter_jit
@@ -104,7 +126,7 @@ def anneal_reverse(
         )
 
     def one_particle(key, sample):
-        return _chain(key, annealer, problem, sample.astype(problem.position.dtype), reverse=True)
+        return _chain(key, annealer, problem, sample.astype(problem.position.dtype), reverse=True, memory="checkpoint")
 
     return _weighted(jax.vmap(one_particle)(jax.random.split(key, samples.shape[0]), samples))
 
@@ -125,7 +147,13 @@ def _weighted(result: tuple[Array, Array, Array | None]) -> WeightedParticles:
 
 
 def _chain(
-    key: PRNGKeyArray, annealer: Annealer, problem: Problem, position: Float[Array, " dim"], *, reverse: bool
+    key: PRNGKeyArray,
+    annealer: Annealer,
+    problem: Problem,
+    position: Float[Array, " dim"],
+    *,
+    reverse: bool,
+    memory: Memory,
 ) -> tuple[Array, Array, Array | None]:
     """One particle: its last position, log weight, and acceptance by step.
 
@@ -133,13 +161,14 @@ def _chain(
     """
     kernel, schedule = annealer.kernel, annealer.schedule
     num_steps, betas = schedule.num_steps, schedule.betas
+    differentiated = not kernel.exact
     stepped, fixed = kernel.split_steps(num_steps, position.shape[0])
     key_init, key_noise = jax.random.split(key)
 
     def step(carry, inputs):
         state, total, lost = carry
         (beta, increment, stepped), noise = inputs
-        kernel, density = eqx.combine(stepped, fixed), problem.at(beta)
+        kernel, density = eqx.combine(stepped, fixed), problem.at(beta, differentiated=differentiated)
         transition = (kernel.backwards if reverse else kernel.forwards)(density, state, noise)
         if kernel.exact:
             log_ratio = -increment * transition.state.point.log_ratio if reverse else increment * state.point.log_ratio
@@ -148,10 +177,8 @@ def _chain(
             assert log_ratio is not None
         return (transition.state, *compensated_add(total, lost, log_ratio)), transition.acceptance
 
-    def chunk(carry, inputs):
-        key, steps = inputs
-        noise = kernel.noise(key, jax.tree.leaves(steps)[0].shape[0], problem.position)
-        return jax.lax.scan(step, carry, (steps, noise))
+    def noise(key, num_steps):
+        return kernel.noise(key, num_steps, problem.position)
 
     def end_values(state: State, *, base_end: bool) -> Array:
         point = state.point
@@ -159,12 +186,15 @@ def _chain(
             return problem.log_base(point.position) if point.log_base is None else point.log_base
         return problem.log_prob(point.position) if point.log_target is None else point.log_target
 
-    start = kernel.init(key_init, problem.at(betas[-1] if reverse else betas[0]), position)
+    density = problem.at(betas[-1] if reverse else betas[0], differentiated=differentiated)
+    start = kernel.init(key_init, density, position)
     zero = jnp.zeros((), position.dtype)
     steps = (betas[1:], jnp.diff(betas), stepped)
     if reverse:
         steps = jax.tree.map(lambda leaf: jnp.flip(leaf, axis=0), steps)
-    carry, acceptance = _scan_in_chunks(chunk, (start, zero, zero), key_noise, steps, num_steps)
+    carry, acceptance = scan_with_noise(
+        step, noise, (start, zero, zero), key_noise, steps, memory=memory if differentiated else None
+    )
     state, total, lost = carry
     log_weight = total + lost
     if not kernel.exact:
@@ -172,30 +202,3 @@ def _chain(
     if acceptance is not None and reverse:
         acceptance = jnp.flip(acceptance, axis=0)
     return state.point.position, log_weight, acceptance
-
-
-def _scan_in_chunks(chunk: Any, carry: Any, key: PRNGKeyArray, steps: Any, num_steps: int) -> tuple[Any, Any]:
-    """Runs `chunk` over equal groups of steps, and over what is left.
-
-    Random numbers cost less in one large draw than step by step (measured: 1.19, 1.31 and 1.40 times a gradient for all
-    at once, chunks of 20, and singly), but all of them at once would hold num_steps times dim numbers a particle.
-    """
-    size = _chunk_size(num_steps)
-    num_chunks, left = divmod(num_steps, size)
-    key_chunks, key_left = jax.random.split(key)
-    if num_chunks == 1 and not left:
-        return chunk(carry, (key_chunks, steps))
-    whole = jax.tree.map(lambda leaf: leaf[: num_chunks * size].reshape(num_chunks, size, *leaf.shape[1:]), steps)
-    carry, out = jax.lax.scan(chunk, carry, (jax.random.split(key_chunks, num_chunks), whole))
-    out = jax.tree.map(lambda leaf: leaf.reshape(num_chunks * size, *leaf.shape[2:]), out)
-    if left:
-        carry, rest = chunk(carry, (key_left, jax.tree.map(lambda leaf: leaf[num_chunks * size :], steps)))
-        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
-    return carry, out
-
-
-def _chunk_size(num_steps: int, largest: int = 100) -> int:
-    """All steps if they are few, else a divisor of their number (so that one loop is compiled), else `largest`."""
-    if num_steps <= largest:
-        return num_steps
-    return next((size for size in range(largest, largest // 3, -1) if num_steps % size == 0), largest)

@@ -3,11 +3,19 @@
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal
+from lehr.chunked_scan import Memory
 from lehr.errors import InputError
 from lehr.path import LogDensity
 
 
-def davi(annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, num_particles: int = 1) -> Float[Array, ""]:
+def davi(
+    annealer: Annealer,
+    log_target: LogDensity,
+    key: PRNGKeyArray,
+    *,
+    num_particles: int = 1,
+    memory: Memory = "checkpoint",
+) -> Float[Array, ""]:
     """The bound of differentiable annealing variational inference (DAVI),
 
         log (1/S) sum_i [ target(z_K^i) / base(z_0^i) prod_k N(v_hat_k^i; 0, M) / N(v_{k-1}^i; 0, M) ],
@@ -19,15 +27,16 @@ def davi(annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, num_p
         annealer: base, schedule (K steps) and an uncorrected kernel.
         log_target: maps a position `(dim,)` to the log unnormalised density, in nats.
         num_particles: S.
+        memory: what the gradient keeps of the chain: see `lehr.anneal`.
 
-    **Gradient**: unbiased for the bound, through the whole chain (reparameterised).
+    **Gradient**: unbiased for the bound, through the whole chain (reparameterised), in reverse mode.
 
-    Raises `lehr.errors.InputError` for a Metropolis-corrected kernel.
+    Raises `lehr.errors.InputError` for a Metropolis-corrected kernel, and as `lehr.anneal`.
 
     Source: Zhang, Hsu, Li, Finn, Grosse 2021, equations (15) and (23).
     """
     refuse_exact(annealer)
-    return anneal(key, annealer, log_target, num_particles).log_evidence
+    return anneal(key, annealer, log_target, num_particles, memory=memory).log_evidence
 
 
 def refuse_exact(annealer: Annealer) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal_from, base_draws
+from lehr.chunked_scan import Memory
 from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
@@ -86,7 +87,12 @@ def iwae_dreg(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_sampl
 
 
 def davi_stl(
-    annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, num_particles: int = 1
+    annealer: Annealer,
+    log_target: LogDensity,
+    key: PRNGKeyArray,
+    *,
+    num_particles: int = 1,
+    memory: Memory = "checkpoint",
 ) -> Float[Array, ""]:
     """The value of `davi`, without the score of the base at x_0 in its gradient.
 
@@ -103,10 +109,17 @@ def davi_stl(
     """
     refuse_exact(annealer)
     keys, x = base_draws(key, annealer.base, num_particles)
-    return log_mean_exp(_path_annealed_log_weights(annealer, log_target, keys, x))
+    return log_mean_exp(_path_annealed_log_weights(annealer, log_target, keys, x, memory))
 
 
-def davi_dreg(annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, num_particles: int) -> Float[Array, ""]:
+def davi_dreg(
+    annealer: Annealer,
+    log_target: LogDensity,
+    key: PRNGKeyArray,
+    *,
+    num_particles: int,
+    memory: Memory = "checkpoint",
+) -> Float[Array, ""]:
     """The value of `davi`, with the doubly reparameterised gradient in the base: every chain's gradient with respect to
     its first position x_0 is multiplied by w~_i^2 and not w~_i, and the score of the base at x_0 left out.
 
@@ -122,7 +135,7 @@ def davi_dreg(annealer: Annealer, log_target: LogDensity, key: PRNGKeyArray, *, 
     refuse_exact(annealer)
     keys, x = base_draws(key, annealer.base, num_particles)
     return _doubly_reparameterised(
-        lambda parts, x: _path_annealed_log_weights(parts[0], parts[1], keys, x), (annealer, log_target), x
+        lambda parts, x: _path_annealed_log_weights(parts[0], parts[1], keys, x, memory), (annealer, log_target), x
     )
 
 
@@ -186,14 +199,14 @@ def _path_log_weights(base: Any, log_target: LogDensity, x: Float[Array, "n dim"
 
 
 def _path_annealed_log_weights(
-    annealer: Annealer, log_target: LogDensity, keys: Array, x: Float[Array, "n dim"]
+    annealer: Annealer, log_target: LogDensity, keys: Array, x: Float[Array, "n dim"], memory: Memory
 ) -> Float[Array, " n"]:
     """Log weights of chains from draws of the base, without the score of the base there in their gradient.
 
     The path's densities depend on the base too, and keep that dependence; so the score is added, not stopped.
     """
     score = jax.vmap(Problem(annealer.base, log_target).log_base)(jax.lax.stop_gradient(x))
-    return anneal_from(annealer, log_target, keys, x).log_weights + score - jax.lax.stop_gradient(score)
+    return anneal_from(annealer, log_target, keys, x, memory=memory).log_weights + score - jax.lax.stop_gradient(score)
 
 
 def _doubly_reparameterised(
