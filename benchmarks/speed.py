@@ -94,11 +94,11 @@ def logistic_regression() -> Task:
     features = jax.random.normal(key_features, (1000, 30))
     logits = features @ jax.random.normal(key_weights, (30,))
     labels = jax.random.bernoulli(key_labels, jax.nn.sigmoid(logits)).astype(jnp.float32)
-    density = Bernoulli(jax.tree_util.Partial(_linear, features), labels)
+    density = Bernoulli(jax.tree_util.Partial(linear, features), labels)
     return Task("logistic", density, 30, num_rows=16, num_steps=500, rounds=60, limit_dais=1.4)
 
 
-def _linear(features: Float[Array, "n dim"], z: Float[Array, " dim"]) -> Float[Array, " n"]:
+def linear(features: Float[Array, "n dim"], z: Float[Array, " dim"]) -> Float[Array, " n"]:
     # Not features @ z: under vmap that puts the rows last, and the gradient takes 1.5 times as long on a CPU.
     return z @ features.T
 
@@ -128,32 +128,35 @@ def _lehr(task: Task, kernel: Any) -> Run:
 
 
 def numpyro_dais(task: Task) -> Run:
-    import numpyro
-    from numpyro import distributions as dist
-
-    def model():
-        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (task.dimension,)))
-        numpyro.factor("log_density", task.density(z))
-
-    return _numpyro(task, model)
+    return _numpyro(task, own_likelihood=False)
 
 
 def numpyro_dais_own_likelihood(task: Task) -> Run:
+    return _numpyro(task, own_likelihood=True)
+
+
+def _numpyro(task: Task, *, own_likelihood: bool) -> Run:
+    loss, parameters = autodais(task, own_likelihood=own_likelihood)
+    run = jax.jit(loss)
+    return lambda key: run(parameters, key)
+
+
+def autodais(task: Task, *, own_likelihood: bool) -> tuple[Callable[[Any, PRNGKeyArray], Array], Any]:
+    """NumPyro's loss, a function of the parameters of its guide and a key, and these parameters."""
     import numpyro
     from numpyro import distributions as dist
-
-    def model():
-        z = numpyro.sample("z", dist.Normal(0, 1).expand([task.dimension]).to_event(1))
-        numpyro.sample("data", dist.Bernoulli(logits=task.density.logits(z)), obs=task.density.data)
-
-    return _numpyro(task, model)
-
-
-def _numpyro(task: Task, model: Callable[[], None]) -> Run:
-    import numpyro
     from numpyro.infer import SVI, Trace_ELBO, init_to_value
     from numpyro.infer.autoguide import AutoDAIS
 
+    def our_density():
+        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (task.dimension,)))
+        numpyro.factor("log_density", task.density(z))
+
+    def its_likelihood():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([task.dimension]).to_event(1))
+        numpyro.sample("data", dist.Bernoulli(logits=task.density.logits(z)), obs=task.density.data)
+
+    model = its_likelihood if own_likelihood else our_density
     start = init_to_value(values={"z": jnp.zeros(task.dimension)})
     guide = AutoDAIS(
         model, K=task.num_steps, eta_init=STEP_SIZE, gamma_init=PERSISTENCE, init_loc_fn=start, init_scale=1.0
@@ -161,11 +164,10 @@ def _numpyro(task: Task, model: Callable[[], None]) -> Run:
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO(num_particles=task.num_rows))
     state = svi.init(jax.random.key(0))
 
-    @jax.jit
-    def run(key: PRNGKeyArray, state: Any) -> Array:
-        return svi.loss.loss(key, svi.get_params(state), model, guide)
+    def loss(parameters: Any, key: PRNGKeyArray) -> Array:
+        return svi.loss.loss(key, svi.constrain_fn(parameters), model, guide)
 
-    return lambda key: run(key, state)
+    return loss, svi.optim.get_params(state.optim_state)
 
 
 def tfp_ais(task: Task) -> Run:

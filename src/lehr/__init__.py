@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lehr.optimisation import fit as fit
     from lehr.path import Problem as Problem, Schedule as Schedule
     from lehr.report import Evidence as Evidence
+    from lehr.reversible import Reversible as Reversible
     from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check
     from lehr.trained import Trained as Trained
     from lehr.weighted import WeightedParticles as WeightedParticles
@@ -39,6 +40,7 @@ _HOME = {
     "from_function": "lehr.adapters.functions",
     "from_numpyro": "lehr.adapters.numpyro",
     "from_pymc": "lehr.adapters.pymc",
+    "Reversible": "lehr.reversible",
     "SimulationCheck": "lehr.simulation",
     "simulate_check": "lehr.simulation",
     "Hamiltonian": "lehr.kernels",

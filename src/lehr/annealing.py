@@ -1,17 +1,18 @@
 """The one annealing loop, forwards from the base and backwards from target samples."""
 
-from typing import Any, get_args
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.chunked_scan import Memory, scan_with_noise
+from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.kernels.contract import AbstractKernel, State
 from lehr.numerics import compensated_add
 from lehr.path import LogDensity, Problem, Schedule
+from lehr.reversible import Memory, Reversible, anneal_reversibly, memory_of
 from lehr.weighted import WeightedParticles
 
 
@@ -32,7 +33,6 @@ class Annealer(eqx.Module):
             raise InputError("an Annealer's kernel must be a lehr kernel, for example lehr.Hamiltonian(0.1)")
 
 
-@eqx.filter_jit
 def anneal(
     key: PRNGKeyArray,
     annealer: Annealer,
@@ -55,21 +55,34 @@ def anneal(
         annealer: base, schedule (K steps) and kernel.
         log_target: maps a position `(dim,)` to the log unnormalised density, a scalar, in nats.
         num_particles: N.
-        memory: what the gradient keeps of an uncorrected chain. "store": every step. "checkpoint": about
-            2.5 sqrt(K) steps, for one more run of the chain.
+        memory: what the gradient keeps of an uncorrected chain. "store": every step. "checkpoint": of order sqrt(K)
+            steps, for one more run of the chain. "reversible": the bits that persistence g loses, log2(1/g) a
+            parameter and step, and no step; for `Hamiltonian` with one leapfrog and g in (0, 1), see `Reversible`.
 
     Returns weighted particles: positions `(N, dim)`, log weights `(N,)`, acceptance by step `(K,)` for exact kernels.
 
     **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels, in reverse
-    mode, and the same for every `memory` up to rounding; forward mode alone raises `TypeError`, and so does any
-    gradient through `Metropolis`, for which `memory` means nothing.
+    mode, and the same for every `memory` up to rounding. Forward mode alone raises `TypeError`, and so does any
+    gradient through `Metropolis`, for which `memory` means nothing. "reversible" rounds positions and momenta to about
+    the precision of their type, and g to the nearest n/d with d up to 128 (with the gradient of g itself); its values
+    are those of the rounded chain, and its gradient is along that chain, exactly reconstructed. Where positions or
+    momenta leave the range of its numbers, value and gradient are those of the chain in floats.
 
-    Raises `lehr.errors.InputError` for shapes that do not fit, fewer than one particle, or an unknown `memory`.
+    Raises `lehr.errors.InputError` for shapes that do not fit, fewer than one particle, an unknown `memory`, or a
+    kernel that is not reversible where that is asked for.
 
     Source: Neal 2001; Zhang, Hsu, Li, Finn, Grosse 2021, equation (12); Sohl-Dickstein, Culpepper 2012.
     """
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, but it is {num_particles}")
+    # Outside of the compiled part, where the persistence may have a value to look at.
+    return _anneal(key, annealer, log_target, num_particles, memory_of(memory, annealer.kernel))
+
+
+@eqx.filter_jit
+def _anneal(
+    key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_particles: int, memory: Any
+) -> WeightedParticles:
     return anneal_from(annealer, log_target, *base_draws(key, annealer.base, num_particles), memory=memory)
 
 
@@ -88,12 +101,14 @@ def anneal_from(
     memory: Memory = "checkpoint",
 ) -> WeightedParticles:
     """`anneal` from given draws of the base: for gradients that treat the draws apart from the rest of the chain."""
-    if memory not in get_args(Memory):
-        raise InputError(f"memory must be one of {', '.join(get_args(Memory))}, but it is {memory!r}")
     problem, annealer = prepare(annealer, log_target)
+    checked = memory_of(memory, annealer.kernel)
+    if isinstance(checked, Reversible):
+        kernel, schedule = annealer.kernel, annealer.schedule
+        return WeightedParticles(*anneal_reversibly(kernel, schedule, problem, keys, positions, memory=checked))
 
     def one_particle(key, position):
-        return _chain(key, annealer, problem, position, reverse=False, memory=memory)
+        return _chain(key, annealer, problem, position, reverse=False, memory=checked)
 
     return _weighted(jax.vmap(one_particle)(keys, positions))
 
@@ -126,7 +141,7 @@ def anneal_reverse(
         )
 
     def one_particle(key, sample):
-        return _chain(key, annealer, problem, sample.astype(problem.position.dtype), reverse=True, memory="checkpoint")
+        return _chain(key, annealer, problem, sample.astype(problem.position.dtype), reverse=True)
 
     return _weighted(jax.vmap(one_particle)(jax.random.split(key, samples.shape[0]), samples))
 
@@ -153,7 +168,7 @@ def _chain(
     position: Float[Array, " dim"],
     *,
     reverse: bool,
-    memory: Memory,
+    memory: Literal["store", "checkpoint"] = "checkpoint",
 ) -> tuple[Array, Array, Array | None]:
     """One particle: its last position, log weight, and acceptance by step.
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from lehr import gradient_of_density
 
-Memory = Literal["store", "checkpoint"]
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
 _START = "start of a run of steps"
@@ -25,7 +24,7 @@ def scan_with_noise(
     key: PRNGKeyArray,
     steps: Any,
     *,
-    memory: Memory | None,
+    memory: Literal["store", "checkpoint", "checkpoint twice"] | None,
 ) -> tuple[Any, Any]:
     """`lax.scan` of `step(carry, (steps[k], noise[k]))`, with the noise drawn for up to a hundred steps at a time.
 
@@ -38,8 +37,10 @@ def scan_with_noise(
         "store"       what enters every step, its noise and its gradient: of order K
         "checkpoint"  what enters every run of about sqrt(K/2) steps; a run is repeated when its gradient is taken, and
                       the noise drawn again: of order sqrt(K). Source: Griewank, Walther 2000, with two levels.
+        "checkpoint twice"  what enters every group of steps, of which there are K/100; a group is repeated, and in it
+                      each run of about ten steps: the least memory, for one more repetition.
     """
-    num_steps = _length(steps)
+    num_steps, all_steps = _length(steps), steps
     if memory is not None:
         # All else of a step costs less to repeat than to keep.
         step = _repeated(step, gradient_of_density.GRADIENT)
@@ -48,9 +49,10 @@ def scan_with_noise(
         key, steps = inputs
         size = _length(steps)
         steps = (steps, noise(key, size))
-        if memory != "checkpoint":
+        if memory is None or memory == "store":
             return jax.lax.scan(step, carry, steps)
-        return _scan_groups(run, carry, *_split(steps, _group_size(size, largest=math.isqrt(num_steps // 2) + 1)))
+        num_steps = _length(all_steps) if memory == "checkpoint" else size
+        return scan_groups(run, carry, *_split(steps, _group_size(size, largest=math.isqrt(num_steps // 2) + 1)))
 
     def run(carry, steps):
         return run_from(checkpoint_name(carry, _START), steps)
@@ -63,29 +65,44 @@ def scan_with_noise(
     if memory == "checkpoint":
         # Of the noise, an input of every run, nothing is kept: its key is.
         group_of_steps = _repeated(group, _START)
+    elif memory == "checkpoint twice":
+        group_of_steps = _repeated(group)
+    return scan_groups(group_of_steps, carry, *in_groups(steps, group_keys(key, num_steps)))
+
+
+def group_keys(key: PRNGKeyArray, num_steps: int) -> tuple[Array, Array]:
+    """Keys of the groups of steps that draw their noise at once, and of the steps that are left."""
     key_whole, key_left = jax.random.split(key)
-    whole, left = _split(steps, _group_size(num_steps, largest=100))
-    num_groups = _length(whole)
-    keys = key_whole[None] if num_groups == 1 and left is None else jax.random.split(key_whole, num_groups)
-    return _scan_groups(group_of_steps, carry, (keys, whole), None if left is None else (key_left, left))
+    num_groups, left = divmod(num_steps, _group_size(num_steps, largest=100))
+    return key_whole[None] if num_groups == 1 and not left else jax.random.split(key_whole, num_groups), key_left
 
 
-def _repeated(body: Body, kept: str) -> Body:
-    """`body`, of which reverse mode keeps the inputs and what has the name `kept`, and repeats the rest."""
-    policy = jax.checkpoint_policies.save_only_these_names(kept)
+def in_groups(steps: Any, keys: tuple[Array, Array]) -> tuple[Any, Any | None]:
+    """Each group's key and steps, and those of the steps that are left, if any: what `scan_groups` takes."""
+    whole, left = _split(steps, _group_size(_length(steps), largest=100))
+    return (keys[0], whole), None if left is None else (keys[1], left)
+
+
+def _repeated(body: Body, *kept: str) -> Body:
+    """`body`, of which reverse mode keeps the inputs and what has a name in `kept`, and repeats the rest."""
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
-def _scan_groups(body: Body, carry: Any, whole: Any, left: Any | None) -> tuple[Any, Any]:
-    """Runs `body` over equal groups of steps, and over what is left."""
+def scan_groups(body: Body, carry: Any, whole: Any, left: Any | None, *, reverse: bool = False) -> tuple[Any, Any]:
+    """Runs `body` over equal groups of steps and over what is left, or from the last to the first."""
     if _length(whole) == 1 and left is None:
         return body(carry, jax.tree.map(lambda leaf: leaf[0], whole))
-    carry, out = jax.lax.scan(body, carry, whole)
-    out = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
-    if left is not None:
+    rest = None
+    if reverse and left is not None:
         carry, rest = body(carry, left)
-        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
-    return carry, out
+    carry, out = jax.lax.scan(body, carry, whole, reverse=reverse)
+    out = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+    if left is None:
+        return carry, out
+    if not reverse:
+        carry, rest = body(carry, left)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
 
 
 def _split(steps: Any, size: int) -> tuple[Any, Any | None]:

@@ -32,7 +32,7 @@ def grad(log_density: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """
 
     def gradient(x: Array) -> Array:
-        expression, seen = _closed(log_density, x)
+        expression, seen = closed(log_density, x)
         return checkpoint_name(_gradient(expression, x, *seen), GRADIENT)
 
     return gradient
@@ -42,24 +42,25 @@ def value_and_grad(log_density: Callable[[Array], Array]) -> Callable[[Array], t
     """As `jax.value_and_grad`, and differentiated as `grad`."""
 
     def value_and_gradient(x: Array) -> tuple[Array, Array]:
-        expression, seen = _closed(log_density, x)
+        expression, seen = closed(log_density, x)
         value, gradient = cast(tuple[Array, Array], _value_and_gradient(expression, x, *seen))
         return value, checkpoint_name(gradient, GRADIENT)
 
     return value_and_gradient
 
 
-def _closed(log_density: Callable[[Array], Array], x: Array) -> tuple[Callable[..., Array], list[Any]]:
-    """A function f(x, *seen) that closes over nothing, and what `log_density` saw: leaves of pytrees, and tracers.
+def closed(function: Callable[..., Array], *examples: Array) -> tuple[Callable[..., Array], list[Any]]:
+    """f(*arguments, *seen) that closes over nothing, and what `function` saw: leaves of pytrees, and tracers.
 
     Tracers of whole numbers too: a rule for a derivative runs when the trace that it was made in may have ended.
     """
-    closed = jax.make_jaxpr(log_density)(x)
+    jaxpr = jax.make_jaxpr(function)(*examples)
 
-    def expression(x: Array, *seen: Any) -> Array:
-        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, seen))(x)[0]
+    def expression(*inputs: Any) -> Array:
+        arguments, seen = inputs[: len(examples)], inputs[len(examples) :]
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, seen))(*arguments)[0]
 
-    return expression, closed.consts
+    return expression, jaxpr.consts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

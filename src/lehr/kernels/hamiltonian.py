@@ -76,7 +76,8 @@ class Hamiltonian(AbstractMove):
     #     x_half = x + (h/2) u,   u_hat = u + h grad log f(x_half),   x' = x_half + (h/2) u_hat.
     # So momentum, drift and weight cannot disagree about M.
     @property
-    def _h(self) -> Array:
+    def h(self) -> Array:
+        """Step size over momentum scale: M^(-1/2) e."""
         return jnp.exp(self.log_step_size - self.log_momentum_scale)
 
     def init(self, key: PRNGKeyArray, density: Tempered, position: Float[Array, " dim"]) -> State:
@@ -89,7 +90,7 @@ class Hamiltonian(AbstractMove):
     def move(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
         assert state.momentum is not None
-        h, u = self._h, state.momentum
+        h, u = self.h, state.momentum
         x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h / 2 * u, u)
         u, gained = _kick(u, h * density.gradient(x))
         return Transition(State(Point(x + h / 2 * u), u), log_ratio + gained)
@@ -97,7 +98,7 @@ class Hamiltonian(AbstractMove):
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         del noise
         assert state.momentum is not None
-        h = self._h
+        h = self.h
         u, first = _kick(state.momentum, h / 2 * density.gradient_at(state.point))
         x, u, log_ratio = self._kicks_and_drifts(density, state.point.position + h * u, u)
         point = density.evaluate(x, gradient=True)
@@ -106,7 +107,7 @@ class Hamiltonian(AbstractMove):
 
     def _kicks_and_drifts(self, density: Tempered, x: Array, u: Array) -> tuple[Array, Array, Array]:
         """The whole kicks and drifts between the two ends of a trajectory: all leapfrogs but one."""
-        h = self._h
+        h = self.h
 
         def kick_and_drift(carry, _):
             x, u, log_ratio = carry

@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal
-from lehr.chunked_scan import Memory
 from lehr.errors import InputError
 from lehr.path import LogDensity
+from lehr.reversible import Memory
 
 
 def davi(

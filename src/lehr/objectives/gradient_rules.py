@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal_from, base_draws
-from lehr.chunked_scan import Memory
 from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws
 from lehr.path import LogDensity, Problem
+from lehr.reversible import Memory
 from lehr.weighted import log_mean_exp
 
 

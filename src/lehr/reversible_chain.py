@@ -1,0 +1,337 @@
+"""The chain of `Hamiltonian` in whole numbers, which runs backwards bit for bit: its gradient keeps only what is lost.
+
+A leapfrog is undone by subtracting what it added. In floats that loses bits; here positions and momenta are whole
+numbers on a grid, what is added is rounded to it, and nothing is lost. Only the refreshment u <- gamma u + noise loses
+information, log2(1/gamma) bits a step, and these are kept (`whole_numbers.py`). The backward pass reconstructs each
+step from its end, and adds the adjoints of the step, in floats.
+
+Where a number leaves its grid, or the reconstruction does not arrive at the start, the chain in floats takes the place
+of this one: for all particles at once, in a loop of no iterations or one, so that it costs nothing under `vmap` either.
+
+Source: Maclaurin, Duvenaud, Adams 2015, section 3; Zhang, Hsu, Li, Finn, Grosse 2021, section 3.2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from lehr import gradient_of_density, whole_numbers
+from lehr.chunked_scan import group_keys, in_groups, scan_groups, scan_with_noise
+from lehr.numerics import compensated_add
+from lehr.whole_numbers import Fraction
+
+
+class Chains(NamedTuple):
+    """What is known before the chains run."""
+
+    #: (x, beta, *seen) -> log f_beta(x), which closes over nothing
+    log_density: Callable[..., Array]
+    #: (key, x) -> the momentum to start with
+    momentum: Callable[[Array, Array], Array]
+    #: (key, num_steps) -> the noise of that many steps
+    noise: Callable[[Array, int], Array]
+    num_steps: int
+    #: rows of the buffer of bits
+    num_rows: int
+
+
+class Rates(NamedTuple):
+    """Parameters of a step; those with two axes have one row per step."""
+
+    #: step size over momentum scale
+    h: Any
+    #: persistence, and sqrt(1 - persistence^2)
+    gamma: Any
+    spread: Any
+
+
+class Inputs(NamedTuple):
+    """What is differentiated."""
+
+    x: Float[Array, "num_particles dim"]
+    betas: Float[Array, " num_steps"]
+    rates: Rates
+    #: what the density sees besides x and beta
+    seen: tuple[Any, ...]
+
+
+class State(NamedTuple):
+    """All particles, in whole numbers."""
+
+    x: Int[Array, "num_particles dim"]
+    u: Int[Array, "num_particles dim"]
+    head: UInt[Array, "num_particles dim"]
+
+
+class Row(NamedTuple):
+    """A step, or with a leading axis all of them. Both directions must see the same bits: computed once, and kept."""
+
+    beta: Any
+    rates: Rates
+    #: factors to whole numbers: of the momentum, of the gradient and of the noise
+    drift: Any
+    kick: Any
+    spread: Any
+    fraction: Fraction
+    push: Any
+    slot: Any
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs: two ends, the bits that were lost, and no step."""
+
+    keys: Array
+    inputs: Inputs
+    stepped: Row
+    fixed: Row
+    x_unit: Array
+    trips: Int[Array, ""]
+    start: State
+    end: State
+    buffer: UInt[Array, "num_rows num_particles dim"]
+    fits: Bool[Array, ""]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tuple[Array, Array]:
+    """Last positions `(num_particles, dim)` and sums of the log ratios `(num_particles,)`.
+
+    **Gradient**: of the chain in floats, along the positions of the chain in whole numbers; in reverse mode.
+    """
+    return _forwards(chains, keys, fraction, inputs)[0]
+
+
+def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tuple[tuple[Array, Array], Kept]:
+    key_momentum, key_noise = _split(keys)
+    real, seen = inputs.x.dtype, inputs.seen
+    whole, unit = _grid(real)
+    trips = whole_numbers.one_at_run_time(inputs)
+    x_unit = _unit_of_positions(inputs.x, unit)
+    plan = _plan(chains, fraction)
+    stepped, fixed = _rows(inputs, fraction, plan, x_unit, unit, trips)
+    x, u = jnp.rint(inputs.x / x_unit), jnp.rint(jax.vmap(chains.momentum)(key_momentum, inputs.x) / unit)
+    x_whole, u_whole = whole_numbers.pinned(trips, (x.astype(whole), u.astype(whole)))
+    start = State(x_whole, u_whole, jnp.zeros(x.shape, jnp.uint32))
+    buffer = whole_numbers.empty_buffer(chains.num_rows, x.shape)
+    zeros = jnp.zeros(x.shape[0], real)
+
+    def step(carry, inputs_of_step):
+        (x, u, head), buffer, total, lost, fits = carry
+        row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
+        first = jnp.rint(u.astype(real) * row.drift)
+        half = x + first.astype(whole)
+        kick = _kick(chains, trips, x_unit, half, row, seen)
+        kicked = u + kick.astype(whole)
+        last = jnp.rint(kicked.astype(real) * row.drift)
+        # log N(after) - log N(before), as a product: squares would cancel
+        log_ratio = -jnp.sum((kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit), axis=1) / 2
+        buffer, head = whole_numbers.push(buffer, head, row.push, row.slot)
+        refreshed, head = whole_numbers.multiply(kicked, head, row.fraction)
+        new = State(half + last.astype(whole), refreshed + noise, head)
+        fits &= _fit(first, kick, last, half, kicked, noise, new.x, new.u)
+        return (new, buffer, *compensated_add(total, lost, log_ratio), fits), None
+
+    def group(carry, inputs_of_group):
+        keys, rows = inputs_of_group
+        return jax.lax.scan(step, carry, (rows, _noise(chains, trips, keys, rows, fixed, real)))
+
+    groups = in_groups(stepped, _keys_of_groups(key_noise, chains.num_steps))
+    carry = (start, buffer, zeros, zeros, _fit(x, u) & ~plan.overflows)
+    (end, buffer, total, lost, fits), _ = scan_groups(group, carry, *groups)
+
+    def instead(_):
+        return jnp.ones_like(fits), _in_floats(chains, keys, inputs)
+
+    found = (end.x.astype(real) * x_unit, total + lost)
+    found = jax.lax.while_loop(lambda carry: ~carry[0], instead, (fits, found))[1]
+    return found, Kept(keys, inputs, stepped, fixed, x_unit, trips, start, end, buffer, fits)
+
+
+def _backwards(chains: Chains, kept: Kept, cotangents: tuple[Array, Array]) -> tuple[None, None, Inputs]:
+    inputs, fixed, x_unit, trips = kept.inputs, kept.fixed, kept.x_unit, kept.trips
+    real = inputs.x.dtype
+    whole, unit = _grid(real)
+    of_end, of_ratio = cotangents[0], cotangents[1][:, None]
+    floats, others = eqx.partition(inputs.seen, eqx.is_inexact_array)
+
+    def gradients(x, beta):
+        """Of the sum over particles, so that no particle has adjoints of a matrix to itself."""
+
+        def log_densities(x, beta, floats):
+            seen = eqx.combine(floats, others)
+            return jnp.sum(jax.vmap(lambda x: chains.log_density(x, beta, *seen))(x))
+
+        return jax.grad(log_densities, argnums=(0, 1, 2))(x, beta, floats)
+
+    def step(carry, inputs_of_step):
+        state, of_x, of_u, of_fixed, of_seen = carry
+        row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
+        # What `_forwards` did, from its end to its start.
+        kicked, head = whole_numbers.divide(state.u - noise, state.head, row.fraction)
+        head = whole_numbers.pop(kept.buffer, head, row.push, row.slot)
+        half = state.x - jnp.rint(kicked.astype(real) * row.drift).astype(whole)
+        kick = _kick(chains, trips, x_unit, half, row, inputs.seen)
+        u = kicked - kick.astype(whole)
+        start = State(half - jnp.rint(u.astype(real) * row.drift).astype(whole), u, head)
+        # And its adjoints, of  u' = gamma u_hat + spread xi,  x' = x_half + (h/2) u_hat,
+        before, after, rates = u.astype(real) * unit, kicked.astype(real) * unit, row.rates
+        of_gamma, of_spread = of_u * after, of_u * (noise.astype(real) * unit / rates.spread)
+        of_h = of_x * after / 2
+        of_u = rates.gamma * of_u + rates.h / 2 * of_x
+        # log ratio = -(u_hat^2 - u^2)/2,  u_hat = u + h grad log f(x_half),
+        of_u -= of_ratio * after
+        of_h += of_u * (kick * unit / rates.h)
+        along = functools.partial(gradients, beta=row.beta)
+        bend, of_beta, change = jax.jvp(along, (half.astype(real) * x_unit,), (rates.h * of_u,))[1]
+        of_x += bend
+        of_u += of_ratio * before
+        # x_half = x + (h/2) u.
+        of_h += of_x * before / 2
+        of_u += rates.h / 2 * of_x
+        of_rates = Rates(*map(_sum_to, (of_h, of_gamma, of_spread), rates))
+        of_stepped, of_fixed_here = eqx.partition(of_rates, by_step)
+        of_fixed, of_seen = jax.tree.map(jnp.add, (of_fixed, of_seen), (of_fixed_here, change))
+        return (start, of_x, of_u, of_fixed, of_seen), (of_beta, of_stepped)
+
+    def group(carry, inputs_of_group):
+        keys, rows = inputs_of_group
+        noise = _noise(chains, trips, keys, rows, fixed, real)
+        return jax.lax.scan(step, carry, (rows, noise), reverse=True)
+
+    by_step = _by_step(inputs.rates)
+    zeros = jax.tree.map(jnp.zeros_like, (of_end, eqx.partition(inputs.rates, by_step)[1], floats))
+    groups = in_groups(kept.stepped, _keys_of_groups(_split(kept.keys)[1], chains.num_steps))
+    carry, (of_betas, of_stepped) = scan_groups(group, (kept.end, of_end, *zeros), *groups, reverse=True)
+    start, of_x, _, of_fixed, of_seen = carry
+    arrived = kept.fits & jnp.all((start.x == kept.start.x) & (start.u == kept.start.u) & (start.head == 0))
+
+    def instead(_):
+        def in_floats(inputs):
+            return _in_floats(chains, kept.keys, inputs._replace(seen=eqx.combine(inputs.seen, others)))
+
+        return jnp.ones_like(arrived), jax.vjp(in_floats, inputs._replace(seen=floats))[1](cotangents)[0]
+
+    adjoints = Inputs(of_x, of_betas, eqx.combine(of_stepped, of_fixed), of_seen)
+    return None, None, jax.lax.while_loop(lambda carry: ~carry[0], instead, (arrived, adjoints))[1]
+
+
+run.defvjp(_forwards, _backwards)
+
+
+def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Array]:
+    """The same chains in floats, with the same random numbers."""
+    stepped, fixed = eqx.partition(inputs.rates, _by_step(inputs.rates))
+
+    def chain(key, x):
+        key_momentum, key_noise = jax.random.split(key)
+
+        def step(carry, inputs_of_step):
+            x, u, total, lost = carry
+            (beta, stepped), noise = inputs_of_step
+            h, gamma, spread = eqx.combine(stepped, fixed)
+            x = x + h / 2 * u
+            change = h * gradient_of_density.grad(lambda x: chains.log_density(x, beta, *inputs.seen))(x)
+            after = u + change
+            total, lost = compensated_add(total, lost, -jnp.sum(change * (u + after)) / 2)
+            return (x + h / 2 * after, gamma * after + spread * noise, total, lost), None
+
+        zero = jnp.zeros((), x.dtype)
+        carry = (x, chains.momentum(key_momentum, x), zero, zero)
+        steps = (inputs.betas, stepped)
+        (x, _, total, lost), _ = scan_with_noise(step, chains.noise, carry, key_noise, steps, memory="checkpoint twice")
+        return x, total + lost
+
+    return jax.vmap(chain)(keys, inputs.x)
+
+
+def _kick(chains: Chains, trips: Array, x_unit: Array, x: Array, row: Row, seen: tuple[Any, ...]) -> Array:
+    """h grad log f, rounded, in units of the grid."""
+
+    def rounded(x, x_unit, beta, kick, seen):
+        def gradient(x):
+            return jax.grad(chains.log_density)(x, beta, *seen)
+
+        return jnp.rint(jax.vmap(gradient)(x.astype(x_unit.dtype) * x_unit) * kick)
+
+    return whole_numbers.compiled_apart(trips, rounded, x, x_unit, row.beta, row.kick, seen)
+
+
+def _noise(chains: Chains, trips: Array, keys: Array, rows: Row, fixed: Row, real: Any) -> Array:
+    """The noise of a group of steps, `(size, num_particles, dim)`, rounded, in units of the grid."""
+    size, typed = rows.beta.shape[0], jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+
+    def rounded(data, spread):
+        wrapped = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)) if typed else data
+        noise = jax.vmap(lambda key: chains.noise(key, size), out_axes=1)(wrapped)
+        return jnp.rint(noise * spread).astype(_grid(real)[0])
+
+    spread = fixed.spread if rows.spread is None else rows.spread[:, None]
+    return whole_numbers.compiled_apart(trips, rounded, jax.random.key_data(keys) if typed else keys, spread)
+
+
+def _plan(chains: Chains, fraction: Fraction) -> whole_numbers.Plan:
+    def fraction_of(k):
+        return Fraction(*(part[k] if part.ndim == 2 else part for part in fraction))
+
+    return whole_numbers.plan(fraction_of, chains.num_steps, chains.num_rows)
+
+
+def _rows(
+    inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, x_unit: Array, unit: float, trips: Array
+) -> tuple[Row, Row]:
+    """All steps, divided into what differs by step and what does not."""
+    h, _, spread = inputs.rates
+    beta, drift, kick, spread = whole_numbers.pinned(
+        trips, (inputs.betas, h / 2 * (unit / x_unit), h / unit, spread / unit)
+    )
+    row = Row(beta, inputs.rates, drift, kick, spread, fraction, plan.push, plan.row)
+    by_step = jax.tree.map(lambda leaf: leaf.ndim == 2, row)._replace(beta=True, push=True, slot=True)
+    return eqx.partition(row, by_step)
+
+
+def _by_step(rates: Rates) -> Rates:
+    return Rates(*(leaf.ndim == 2 for leaf in rates))
+
+
+def _unit_of_positions(x: Array, unit: float) -> Array:
+    """The grid of positions: coarser, by a power of two, where they start farther out than 1."""
+    powers = 2.0 ** np.arange(64)
+    exponent = jnp.searchsorted(jnp.asarray(powers, x.dtype), jnp.max(jnp.abs(x)))
+    return jnp.asarray(powers * unit, x.dtype)[jnp.minimum(exponent, 63)]
+
+
+def _grid(real: Any) -> tuple[Any, float]:
+    """The type of whole numbers, and the unit of momenta."""
+    return (jnp.int64, 2.0**-52) if real == jnp.float64 else (jnp.int32, 2.0**-24)
+
+
+def _fit(*numbers: Array) -> Bool[Array, ""]:
+    """Whether all are so small that the sum of two is in range: it would wrap without a word. False for NaN."""
+
+    def fits(a):
+        limit = 2 ** (62 if a.dtype in (jnp.float64, jnp.int64) else 30)
+        return (a < jnp.asarray(limit, a.dtype)) & (a > jnp.asarray(-limit, a.dtype))
+
+    # elementwise first: one reduction in all
+    return jnp.all(functools.reduce(jnp.logical_and, map(fits, numbers)))
+
+
+def _sum_to(a: Float[Array, "num_particles dim"], like: Array) -> Array:
+    """The adjoint of broadcasting `like` against all particles."""
+    a = jnp.sum(a, axis=0)
+    return a if like.shape == a.shape else jnp.sum(a).reshape(like.shape)
+
+
+def _split(keys: Array) -> tuple[Array, Array]:
+    both = jax.vmap(jax.random.split)(keys)
+    return both[:, 0], both[:, 1]
+
+
+def _keys_of_groups(keys: Array, num_steps: int) -> tuple[Array, Array]:
+    return jax.vmap(lambda key: group_keys(key, num_steps), out_axes=(1, 0))(keys)
