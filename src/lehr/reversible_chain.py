@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lehr import gradient_of_density, whole_numbers
@@ -98,6 +99,12 @@ class Kept(NamedTuple):
     fits: Bool[Array, ""]
 
 
+class Differentiated(eqx.Module):
+    """Which of `Inputs.seen` a gradient is taken in: adjoints of data would be as large as the data, for nothing."""
+
+    seen: tuple[bool, ...] = eqx.field(static=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tuple[Array, Array]:
     """Last positions `(num_particles, dim)` and sums of the log ratios `(num_particles,)`.
@@ -153,12 +160,23 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     return found, Kept(keys, inputs, stepped, fixed, x_unit, trips, start, end, buffer, fits)
 
 
-def _backwards(chains: Chains, kept: Kept, cotangents: tuple[Array, Array]) -> tuple[None, None, Inputs]:
+def _forwards_for_reverse(chains: Chains, *primals: Any) -> tuple[tuple[Array, Array], tuple[Kept, Differentiated]]:
+    seen = tuple(leaf.perturbed and eqx.is_inexact_array(leaf.value) for leaf in primals[-1].seen)
+    values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    found, kept = _forwards(chains, *values)
+    return found, (kept, Differentiated(seen))
+
+
+def _backwards(
+    chains: Chains, residuals: tuple[Kept, Differentiated], cotangents: tuple[Any, Any]
+) -> tuple[None, None, Inputs]:
+    kept, differentiated = residuals
+    cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=lambda a: isinstance(a, SymbolicZero))
     inputs, fixed, x_unit, trips = kept.inputs, kept.fixed, kept.x_unit, kept.trips
     real = inputs.x.dtype
     whole, unit = _grid(real)
     of_end, of_ratio = cotangents[0], cotangents[1][:, None]
-    floats, others = eqx.partition(inputs.seen, eqx.is_inexact_array)
+    floats, others = eqx.partition(inputs.seen, differentiated.seen)
 
     def gradients(x, beta):
         """Of the sum over particles, so that no particle has adjoints of a matrix to itself."""
@@ -221,7 +239,14 @@ def _backwards(chains: Chains, kept: Kept, cotangents: tuple[Array, Array]) -> t
     return None, None, jax.lax.while_loop(lambda carry: ~carry[0], instead, (arrived, adjoints))[1]
 
 
-run.defvjp(_forwards, _backwards)
+run.defvjp(_forwards_for_reverse, _backwards, symbolic_zeros=True)
+
+
+def _instantiated(cotangent: Any) -> Array:
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    aval: Any = cotangent.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Array]:
