@@ -61,12 +61,13 @@ def anneal(
 
     Returns weighted particles: positions `(N, dim)`, log weights `(N,)`, acceptance by step `(K,)` for exact kernels.
 
-    **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels, in reverse
-    mode, and the same for every `memory` up to rounding. Forward mode alone raises `TypeError`, and so does any
-    gradient through `Metropolis`, for which `memory` means nothing. "reversible" rounds positions and momenta to about
-    the precision of their type, and g to the nearest n/d with d up to 128 (with the gradient of g itself); its values
-    are those of the rounded chain, and its gradient is along that chain, exactly reconstructed. Where positions or
-    momenta leave the range of its numbers, value and gradient are those of the chain in floats.
+    **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels, and the same
+    for every `memory` up to rounding; raises `TypeError` through `Metropolis`, for which `memory` means nothing.
+    "reversible" rounds positions and momenta to about the precision of their type, and g to the nearest n/d with d up
+    to 128 (with the gradient of g itself); its values are those of the rounded chain, and its gradient, in reverse mode
+    only, is along that chain, exactly reconstructed. Where positions or momenta leave the range of its numbers, value
+    and gradient are those of the chain in floats. Under an outer `jax.vmap` it holds adjoints of parameters that are
+    shared for each row: for networks prefer "checkpoint" there.
 
     Raises `lehr.errors.InputError` for shapes that do not fit, fewer than one particle, an unknown `memory`, or a
     kernel that is not reversible where that is asked for.
@@ -176,14 +177,13 @@ def _chain(
     """
     kernel, schedule = annealer.kernel, annealer.schedule
     num_steps, betas = schedule.num_steps, schedule.betas
-    differentiated = not kernel.exact
     stepped, fixed = kernel.split_steps(num_steps, position.shape[0])
     key_init, key_noise = jax.random.split(key)
 
     def step(carry, inputs):
         state, total, lost = carry
         (beta, increment, stepped), noise = inputs
-        kernel, density = eqx.combine(stepped, fixed), problem.at(beta, differentiated=differentiated)
+        kernel, density = eqx.combine(stepped, fixed), problem.at(beta)
         transition = (kernel.backwards if reverse else kernel.forwards)(density, state, noise)
         if kernel.exact:
             log_ratio = -increment * transition.state.point.log_ratio if reverse else increment * state.point.log_ratio
@@ -201,14 +201,14 @@ def _chain(
             return problem.log_base(point.position) if point.log_base is None else point.log_base
         return problem.log_prob(point.position) if point.log_target is None else point.log_target
 
-    density = problem.at(betas[-1] if reverse else betas[0], differentiated=differentiated)
+    density = problem.at(betas[-1] if reverse else betas[0])
     start = kernel.init(key_init, density, position)
     zero = jnp.zeros((), position.dtype)
     steps = (betas[1:], jnp.diff(betas), stepped)
     if reverse:
         steps = jax.tree.map(lambda leaf: jnp.flip(leaf, axis=0), steps)
     carry, acceptance = scan_with_noise(
-        step, noise, (start, zero, zero), key_noise, steps, memory=memory if differentiated else None
+        step, noise, (start, zero, zero), key_noise, steps, memory=None if kernel.exact else memory
     )
     state, total, lost = carry
     log_weight = total + lost

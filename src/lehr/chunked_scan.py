@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, PRNGKeyArray
 
-from lehr import gradient_of_density
-
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
 _START = "start of a run of steps"
@@ -34,7 +32,7 @@ def scan_with_noise(
     What reverse mode keeps, in states of the chain, for K steps:
 
         None          all intermediate results of every step: nothing is done about it
-        "store"       what enters every step, its noise and its gradient: of order K
+        "store"       what enters every step, and its noise: of order K; a step is repeated when its gradient is taken
         "checkpoint"  what enters every run of about sqrt(K/2) steps; a run is repeated when its gradient is taken, and
                       the noise drawn again: of order sqrt(K). Source: Griewank, Walther 2000, with two levels.
         "checkpoint twice"  what enters every group of steps, of which there are K/100; a group is repeated, and in it
@@ -42,8 +40,8 @@ def scan_with_noise(
     """
     num_steps, all_steps = _length(steps), steps
     if memory is not None:
-        # All else of a step costs less to repeat than to keep.
-        step = _repeated(step, gradient_of_density.GRADIENT)
+        # The intermediate results of a gradient cost more to write and to read than to compute again.
+        step = _repeated(step)
 
     def group(carry, inputs):
         key, steps = inputs

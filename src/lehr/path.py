@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from lehr import gradient_of_density
 from lehr.errors import InputError
 from lehr.numerics import is_concrete
 
@@ -55,13 +54,10 @@ class Tempered(eqx.Module):
 
     problem: "Problem"
     beta: Float[Array, ""]
-    #: whether the chain itself is differentiated, in reverse mode: its gradients then are `gradient_of_density`'s
-    differentiated: bool = eqx.field(static=True, default=False)
 
     def gradient(self, position: Float[Array, " dim"]) -> Float[Array, " dim"]:
         """grad log f: one gradient of the base and one of the target."""
-        grad = self._rule.grad
-        return self._mix(grad(self.problem.log_base)(position), grad(self.problem.log_prob)(position))
+        return self._mix(jax.grad(self.problem.log_base)(position), jax.grad(self.problem.log_prob)(position))
 
     def log_prob_at(self, point: Point) -> Float[Array, ""]:
         """log f at an evaluated point; no work."""
@@ -75,11 +71,7 @@ class Tempered(eqx.Module):
 
     def evaluate(self, position: Float[Array, " dim"], *, gradient: bool) -> Point:
         """The densities at a position, with their gradients if asked for, in one pass."""
-        return self.problem.evaluate(position, gradient=gradient, rule=self._rule)
-
-    @property
-    def _rule(self) -> Any:
-        return gradient_of_density if self.differentiated else jax
+        return self.problem.evaluate(position, gradient=gradient)
 
     def _mix(self, base: Any, target: Any) -> Any:
         # At beta = 1 the base may be zero where the target is not, and 0 * inf must not hide it.
@@ -125,9 +117,9 @@ class Problem(eqx.Module):
         """Shape and dtype of a position."""
         return jax.eval_shape(lambda: self.base.sample(jax.random.key(0)))
 
-    def at(self, beta: Float[Array, ""], *, differentiated: bool = False) -> Tempered:
+    def at(self, beta: Float[Array, ""]) -> Tempered:
         """The path's density at inverse temperature `beta` in [0, 1]."""
-        return Tempered(self, beta, differentiated)
+        return Tempered(self, beta)
 
     def log_base(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
         """log base(x), in the dtype of `x` (constants of a wider type stay where they are)."""
@@ -137,12 +129,12 @@ class Problem(eqx.Module):
         """log target(x), in the dtype of `x`."""
         return self.log_target(x).astype(x.dtype)
 
-    def evaluate(self, position: Float[Array, " dim"], *, gradient: bool, rule: Any = jax) -> Point:
-        """Both log densities at a position, and both gradients in the same pass if asked for, by `rule`."""
+    def evaluate(self, position: Float[Array, " dim"], *, gradient: bool) -> Point:
+        """Both log densities at a position, and both gradients in the same pass if asked for."""
         if not gradient:
             return Point(position, self.log_base(position), self.log_prob(position))
-        log_base, grad_base = rule.value_and_grad(self.log_base)(position)
-        log_target, grad_target = rule.value_and_grad(self.log_prob)(position)
+        log_base, grad_base = jax.value_and_grad(self.log_base)(position)
+        log_target, grad_target = jax.value_and_grad(self.log_prob)(position)
         return Point(position, log_base, log_target, grad_base, grad_target)
 
 

@@ -1,14 +1,16 @@
 """Annealing with `memory="reversible"`: which kernels can, how much the gradient keeps, and the chain that does it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
-from lehr import gradient_of_density, whole_numbers
+from lehr import whole_numbers
 from lehr.errors import InputError
 from lehr.kernels.contract import AbstractKernel
 from lehr.kernels.hamiltonian import Hamiltonian
@@ -101,9 +103,23 @@ def anneal_reversibly(
     def noise(key, num_steps):
         return kernel.noise(key, num_steps, problem.position)
 
-    expression, seen = gradient_of_density.closed(log_density, x[0], betas[0])
+    expression, seen = _closed(log_density, x[0], betas[0])
     num_rows = whole_numbers.rows_of_buffer(num_steps, memory.smallest_persistence)
     chains = Chains(expression, momentum, noise, num_steps, num_rows)
     inputs = Inputs(x, betas[1:], rates, tuple(seen))
     end, log_ratio = cast(tuple[Array, Array], run(chains, keys, fraction, inputs))
     return end, log_ratio + jax.vmap(problem.log_prob)(end) - jax.vmap(problem.log_base)(x)
+
+
+def _closed(function: Callable[..., Array], *examples: Array) -> tuple[Callable[..., Array], list[Any]]:
+    """f(*arguments, *seen) that closes over nothing, and what `function` saw: leaves of pytrees, and tracers.
+
+    Tracers of whole numbers too: a rule for a derivative runs when the trace that it was made in may have ended.
+    """
+    jaxpr = jax.make_jaxpr(function)(*examples)
+
+    def expression(*inputs: Any) -> Array:
+        arguments, seen = inputs[: len(examples)], inputs[len(examples) :]
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, seen))(*arguments)[0]
+
+    return expression, jaxpr.consts

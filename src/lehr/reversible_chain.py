@@ -22,7 +22,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from lehr import gradient_of_density, whole_numbers
+from lehr import whole_numbers
 from lehr.chunked_scan import group_keys, in_groups, scan_groups, scan_with_noise
 from lehr.numerics import compensated_add
 from lehr.whole_numbers import Fraction
@@ -261,7 +261,7 @@ def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Arra
             (beta, stepped), noise = inputs_of_step
             h, gamma, spread = eqx.combine(stepped, fixed)
             x = x + h / 2 * u
-            change = h * gradient_of_density.grad(lambda x: chains.log_density(x, beta, *inputs.seen))(x)
+            change = h * jax.grad(lambda x: chains.log_density(x, beta, *inputs.seen))(x)
             after = u + change
             total, lost = compensated_add(total, lost, -jnp.sum(change * (u + after)) / 2)
             return (x + h / 2 * after, gamma * after + spread * noise, total, lost), None

@@ -29,7 +29,7 @@ def davi(
         num_particles: S.
         memory: what the gradient keeps of the chain: see `lehr.anneal`.
 
-    **Gradient**: unbiased for the bound, through the whole chain (reparameterised), in reverse mode.
+    **Gradient**: unbiased for the bound, through the whole chain (reparameterised).
 
     Raises `lehr.errors.InputError` for a Metropolis-corrected kernel, and as `lehr.anneal`.
 
