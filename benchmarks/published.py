@@ -75,7 +75,7 @@ class LogWeight(eqx.Module):
     log_target: Any
 
     def __call__(self, annealer: lehr.Annealer, key: Any) -> Any:
-        return jnp.mean(lehr.anneal(key, annealer, self.log_target, _BATCH).log_weights)
+        return jnp.mean(lehr.anneal(key, annealer, self.log_target, _BATCH, memory="store").log_weights)
 
 
 class BaseBound(eqx.Module):
