@@ -12,7 +12,12 @@ from jaxtyping import Array, PRNGKeyArray
 
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
-_START = "start of a run of steps"
+_START, _COSTLY = "start of a run of steps", "costly"
+
+
+def costly(tree: Any) -> Any:
+    """The same, marked as something that is kept for a gradient wherever what enters its step is."""
+    return checkpoint_name(tree, _COSTLY)
 
 
 def scan_with_noise(
@@ -32,7 +37,8 @@ def scan_with_noise(
     What reverse mode keeps, in states of the chain, for K steps:
 
         None          all intermediate results of every step: nothing is done about it
-        "store"       what enters every step, and its noise: of order K; a step is repeated when its gradient is taken
+        "store"       what enters every step, its noise, and what is `costly` in it: of order K; the rest of a step is
+                      repeated when its gradient is taken
         "checkpoint"  what enters every run of about sqrt(K/2) steps; a run is repeated when its gradient is taken, and
                       the noise drawn again: of order sqrt(K). Source: Griewank, Walther 2000, with two levels.
         "checkpoint twice"  what enters every group of steps, of which there are K/100; a group is repeated, and in it
@@ -40,8 +46,9 @@ def scan_with_noise(
     """
     num_steps, all_steps = _length(steps), steps
     if memory is not None:
-        # The intermediate results of a gradient cost more to write and to read than to compute again.
-        step = _repeated(step)
+        # The intermediate results of a gradient cost more to write and to read than to compute again; the gradient
+        # itself, which the adjoint of a step size needs, does not.
+        step = _repeated(step, _COSTLY)
 
     def group(carry, inputs):
         key, steps = inputs

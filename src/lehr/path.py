@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from lehr.chunked_scan import costly
 from lehr.errors import InputError
 from lehr.numerics import is_concrete
 
@@ -57,7 +58,8 @@ class Tempered(eqx.Module):
 
     def gradient(self, position: Float[Array, " dim"]) -> Float[Array, " dim"]:
         """grad log f: one gradient of the base and one of the target."""
-        return self._mix(jax.grad(self.problem.log_base)(position), jax.grad(self.problem.log_prob)(position))
+        grad_target = costly(jax.grad(self.problem.log_prob)(position))
+        return self._mix(jax.grad(self.problem.log_base)(position), grad_target)
 
     def log_prob_at(self, point: Point) -> Float[Array, ""]:
         """log f at an evaluated point; no work."""
@@ -134,7 +136,7 @@ class Problem(eqx.Module):
         if not gradient:
             return Point(position, self.log_base(position), self.log_prob(position))
         log_base, grad_base = jax.value_and_grad(self.log_base)(position)
-        log_target, grad_target = jax.value_and_grad(self.log_prob)(position)
+        log_target, grad_target = costly(jax.value_and_grad(self.log_prob)(position))
         return Point(position, log_base, log_target, grad_base, grad_target)
 
 
