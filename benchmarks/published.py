@@ -70,12 +70,19 @@ _BATCH, _BASE_ITERATIONS, _BASE_BATCH = 16, 3000, 64
 
 
 class LogWeight(eqx.Module):
-    """The mean log weight of a batch of chains: what is maximised."""
+    """The sum over seeds of the mean log weight of a batch of chains: what is maximised."""
 
-    log_target: Any
+    #: with a leading axis of seeds, or one for all
+    log_targets: Any
+    same: bool = eqx.field(static=True)
 
-    def __call__(self, annealer: lehr.Annealer, key: Any) -> Any:
-        return jnp.mean(lehr.anneal(key, annealer, self.log_target, _BATCH, memory="store").log_weights)
+    def __call__(self, annealers: lehr.Annealer, key: Any) -> Any:
+        def bound(annealer, log_target, key):
+            return jnp.mean(lehr.anneal(key, annealer, log_target, _BATCH, memory="store").log_weights)
+
+        keys = jax.random.split(key, annealers.schedule.logits.shape[0])
+        axes = (eqx.if_array(0), None if self.same else eqx.if_array(0), 0)
+        return jnp.sum(eqx.filter_vmap(bound, in_axes=axes)(annealers, self.log_targets, keys))
 
 
 class BaseBound(eqx.Module):
@@ -90,6 +97,23 @@ class BaseBound(eqx.Module):
 def optimiser(rate: float, num_iterations: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, num_iterations // 20, num_iterations)
     return optax.chain(optax.clip_by_global_norm(30.0), optax.adam(schedule, b2=0.99))
+
+
+def of_each(single: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser of its own for each entry of the leading axis."""
+    return optax.GradientTransformation(
+        jax.vmap(single.init), lambda updates, state, params=None: jax.vmap(single.update)(updates, state)
+    )
+
+
+def stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *trees)
+
+
+def alike(trees: list[Any]) -> bool:
+    """Whether they can be stacked."""
+    shapes = [(jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
+    return all(shape == shapes[0] for shape in shapes)
 
 
 @functools.cache
@@ -133,25 +157,48 @@ def annealer(method: str, problem: Problem, num_gradients: int) -> lehr.Annealer
     return lehr.Annealer(base, lehr.Schedule.linear(num_steps), kernel)
 
 
-def measure(method: str, problem: Problem, num_gradients: int, seed: int, num_iterations: int) -> dict[str, Any]:
-    """Tunes, trains and scores one annealer."""
+def measure(
+    method: str, problems: list[Problem], num_gradients: int, seeds: list[int], num_iterations: int
+) -> list[dict[str, Any]]:
+    """Tunes, trains and scores an annealer for each seed, all at once where their problems are alike.
+
+    The seeds have keys, optimisers and updates of their own, so that training them together changes no number but the
+    iterate that `lehr.fit` takes in the end, and how much it skips.
+    """
+    same = all(problem is problems[0] for problem in problems)
+    if not same and not alike(problems):
+        pairs = zip(problems, seeds)
+        return [row for p, seed in pairs for row in measure(method, [p], num_gradients, [seed], num_iterations)]
     started = time.perf_counter()
-    key_tune, key_fit, key_score = jax.random.split(jax.random.key(seed), 3)
-    start = annealer(method, problem, num_gradients)
-    tuned, tuning = lehr.tune(key_tune, start, problem.log_target)
+    keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
+    starts = [
+        lehr.tune(key[0], annealer(method, problem, num_gradients), problem.log_target)
+        for key, problem in zip(keys, problems)
+    ]
     trained = lehr.fit(
-        key_fit, LogWeight(problem.log_target), tuned, optimiser(1e-2, num_iterations), num_iterations, progress=False
+        keys[0][1],
+        LogWeight(problems[0].log_target if same else stacked([p.log_target for p in problems]), same),
+        stacked([start.annealer for start in starts]),
+        of_each(optimiser(1e-2, num_iterations)),
+        num_iterations,
+        progress=False,
     )
-    scores = {}
-    for stage, which in (("tuned", tuned), ("bound", trained.params)):
-        log_weights = np.asarray(lehr.anneal(key_score, which, problem.log_target, 4000).log_weights, np.float64)
-        scores[stage], scores[stage + "_error"] = log_weights.mean(), log_weights.std() / len(log_weights) ** 0.5
-    return scores | {
-        "training": num_iterations * _BATCH * num_gradients + tuning,
+    rows = []
+    for i, (seed, key, problem, start) in enumerate(zip(seeds, keys, problems, starts)):
+        own = jax.tree.map(lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, trained.params)  # noqa: B023
+        scores = {}
+        for stage, which in (("tuned", start.annealer), ("bound", own)):
+            log_weights = np.asarray(lehr.anneal(key[2], which, problem.log_target, 4000).log_weights, np.float64)
+            scores[stage], scores[stage + "_error"] = log_weights.mean(), log_weights.std() / len(log_weights) ** 0.5
+        rows.append(
+            {"seed": seed} | scores | {"training": num_iterations * _BATCH * num_gradients + start.num_gradients}
+        )
+    common = {
         "skipped": int(trained.num_skipped),
         "warnings": list(trained.warnings),
-        "seconds": time.perf_counter() - started,
+        "seconds": (time.perf_counter() - started) / len(seeds),
     }
+    return [row | common for row in rows]
 
 
 def cell(rows: list[dict[str, Any]], truth: float) -> str:
@@ -222,20 +269,26 @@ def main() -> int:
     console = Console()
     console.width = max(console.width, 170)
     rows = Rows(options.json, ("target", "method", "gradients", "seed", "iterations"))
-    for seed in range(options.seeds):
-        for name in options.targets:
-            bases: dict[bool, tuple[Problem, str, int]] = {}
-            for method in options.methods:
-                for k in options.gradients:
-                    key = (name, method, k, seed, options.iterations)
-                    if rows.find(*key) is not None:
-                        continue
-                    own = method == "best"
-                    if own not in bases:
-                        bases[own] = best_base(name, seed) if own else mean_field(name)
-                    problem, base, fitting = bases[own]
-                    found = measure("LDVI" if own else method, problem, k, seed, options.iterations)
-                    rows.add(dict(zip(rows.keys, key)) | {"base": base, "fitting": fitting} | found)
+    for name in options.targets:
+        for method in options.methods:
+            bases: dict[int, tuple[Problem, str, int]] = {}
+            for k in options.gradients:
+                missing = [
+                    seed
+                    for seed in range(options.seeds)
+                    if rows.find(name, method, k, seed, options.iterations) is None
+                ]
+                if not missing:
+                    continue
+                for seed in missing:
+                    if seed not in bases:
+                        bases[seed] = best_base(name, seed) if method == "best" else mean_field(name)
+                kind = "LDVI" if method == "best" else method
+                found = measure(kind, [bases[seed][0] for seed in missing], k, missing, options.iterations)
+                for row in found:
+                    _, base, fitting = bases[row["seed"]]
+                    what = {"target": name, "method": method, "gradients": k, "iterations": options.iterations}
+                    rows.add(what | {"base": base, "fitting": fitting} | row)
                 jax.clear_caches()
     show(console, rows, options.targets, options.gradients)
     if options.plot is not None:
