@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lehr.estimation import evidence as evidence
     from lehr.greedy import tune as tune
     from lehr.kernels import (
+        AffineInBeta as AffineInBeta,
         Hamiltonian as Hamiltonian,
         Langevin as Langevin,
         LearnedReverse as LearnedReverse,
@@ -43,6 +44,7 @@ _HOME = {
     "Reversible": "lehr.reversible",
     "SimulationCheck": "lehr.simulation",
     "simulate_check": "lehr.simulation",
+    "AffineInBeta": "lehr.kernels",
     "Hamiltonian": "lehr.kernels",
     "Langevin": "lehr.kernels",
     "LearnedReverse": "lehr.kernels",

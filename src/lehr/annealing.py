@@ -148,13 +148,17 @@ def anneal_reverse(
 
 
 def prepare(annealer: Annealer, log_target: LogDensity) -> tuple[Problem, Annealer]:
-    """Checks the problem, and brings schedule and kernel to its dtype: float32 stays float32 under x64."""
+    """Checks the problem, and brings schedule and kernel to its dtype: float32 stays float32 under x64.
+
+    Of a kernel whose parameters are functions of beta it gives the rows, one for each step.
+    """
     problem = Problem(annealer.base, log_target)
     cast = jax.tree.map(
         lambda leaf: leaf.astype(problem.position.dtype) if eqx.is_inexact_array(leaf) else leaf,
         (annealer.schedule, annealer.kernel),
     )
-    return problem, Annealer(annealer.base, *cast)
+    schedule, kernel = cast
+    return problem, Annealer(annealer.base, schedule, kernel.along(schedule.betas[1:]))
 
 
 def _weighted(result: tuple[Array, Array, Array | None]) -> WeightedParticles:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lehr.annealing import Annealer, prepare
 from lehr.errors import InputError
 from lehr.kernels import AbstractKernel, AbstractMove, LearnedReverse, State
+from lehr.kernels.contract import rows
 from lehr.path import LogDensity, Problem, Schedule
 
 #: candidates for a step size, up to a factor exp(width) from the one before; a round for each width
@@ -154,7 +155,7 @@ def _respaced(annealer: Annealer, spread: np.ndarray) -> Annealer:
     at = np.linspace(0, length[-1], len(betas))
     new = np.interp(at, length, betas)
     new[0], new[-1] = 0, 1
-    log_step_size = np.asarray(_move(annealer.kernel).log_step_size, np.float64)
+    log_step_size = np.asarray(rows(_move(annealer.kernel).log_step_size), np.float64)
     columns = [np.interp(at[1:], length[1:], column) for column in log_step_size.T]
     dtype = annealer.schedule.logits.dtype
     annealer = eqx.tree_at(
@@ -166,12 +167,12 @@ def _respaced(annealer: Annealer, spread: np.ndarray) -> Annealer:
 
 def _with_step_sizes(annealer: Annealer, log_factor: Float[Array, " num_steps"]) -> Annealer:
     """The step sizes times a factor for each step, in a shape with a row for each."""
-    log_step_size = jnp.atleast_1d(_move(annealer.kernel).log_step_size) + log_factor[:, None]
+    log_step_size = jnp.atleast_1d(rows(_move(annealer.kernel).log_step_size)) + log_factor[:, None]
     return eqx.tree_at(lambda a: _move(a.kernel).log_step_size, annealer, log_step_size)
 
 
 def _scaled(kernel: AbstractKernel, log_factor: Array) -> AbstractKernel:
-    return eqx.tree_at(lambda k: _move(k).log_step_size, kernel, _move(kernel).log_step_size + log_factor)
+    return eqx.tree_at(lambda k: _move(k).log_step_size, kernel, rows(_move(kernel).log_step_size) + log_factor)
 
 
 def _move(kernel: Any) -> AbstractMove:

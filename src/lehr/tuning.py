@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from lehr.kernels import Metropolis
+from lehr.kernels.contract import rows
 
 
 def adapt_step_size(
@@ -21,8 +22,10 @@ def adapt_step_size(
 
     **Gradient**: not meant to be differentiated.
 
+    Raises `lehr.errors.InputError` for step sizes that are a function of beta: take `kernel.along(betas)`.
+
     Source: Robbins, Monro 1951; Andrieu, Thoms 2008, section 5.1.
     """
-    old = kernel.kernel.log_step_size
+    old = rows(kernel.kernel.log_step_size)
     new = old + (rate * (acceptance[:, None] - target)).astype(old.dtype)
     return eqx.tree_at(lambda k: k.kernel.log_step_size, kernel, new)

@@ -1,5 +1,6 @@
 """Transition kernels: a move (Hamiltonian, Langevin, random walk); `Metropolis` and `LearnedReverse` wrap one."""
 
+from lehr.kernels.affine_in_beta import AffineInBeta
 from lehr.kernels.contract import AbstractKernel, AbstractMove, State, Transition
 from lehr.kernels.hamiltonian import Hamiltonian
 from lehr.kernels.langevin import Langevin
@@ -10,6 +11,7 @@ from lehr.kernels.random_walk import RandomWalk
 __all__ = [
     "AbstractKernel",
     "AbstractMove",
+    "AffineInBeta",
     "Hamiltonian",
     "Langevin",
     "LearnedReverse",

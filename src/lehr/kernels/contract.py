@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.numerics import is_concrete
+from lehr.kernels.affine_in_beta import AffineInBeta
+from lehr.kernels.positive import log_of_positive
 from lehr.path import Point, Tempered
 
 
@@ -75,6 +76,14 @@ class AbstractKernel(eqx.Module):
         """A whole step of the reverse chain: x ~ L(. | x'), with log [T(x' | x) / L(x | x')]; momentum is reversed."""
         return self.move(density, self.refresh(state, noise), noise)
 
+    def along(self, betas: Float[Array, " num_steps"]) -> Any:
+        """The kernel with a row for each step in place of what is a function of beta (`AffineInBeta`)."""
+
+        def is_function(node):
+            return isinstance(node, AffineInBeta)
+
+        return jax.tree.map(lambda node: node.log_at(betas) if is_function(node) else node, self, is_leaf=is_function)
+
     def split_steps(self, num_steps: int, dimension: int) -> tuple[Any, Any]:
         """Splits into what differs by step (leaves with a leading axis K) and the rest; `equinox.combine` joins a row.
 
@@ -96,14 +105,14 @@ class AbstractMove(AbstractKernel):
 
     exact: ClassVar[bool] = False
     #: log of the step size; see `split_steps` for its shapes
-    log_step_size: eqx.AbstractVar[Array]
+    log_step_size: eqx.AbstractVar[Array | AffineInBeta]
     #: whether `propose` needs gradients at the point it starts from
     uses_gradient: eqx.AbstractClassVar[bool]
 
     @property
     def step_size(self) -> Array:
         """The step size, in the shape in which it was given."""
-        return jnp.exp(self.log_step_size)
+        return jnp.exp(rows(self.log_step_size))
 
     @abc.abstractmethod
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
@@ -136,9 +145,19 @@ class AbstractMove(AbstractKernel):
         return state
 
 
-def log_of_positive(name: str, value: ArrayLike) -> Array:
-    """The logarithm in which a positive parameter is kept, so that a gradient step cannot make it negative."""
-    if is_concrete(value) and not (np.all(np.asarray(value) > 0) and np.all(np.isfinite(np.asarray(value)))):
-        raise InputError(f"{name} must be positive and finite, but it is {value}")
-    value = jnp.asarray(value, dtype=jnp.result_type(float))
-    return jnp.log(eqx.error_if(value, ~((value > 0) & (value < jnp.inf)), f"{name} must be positive and finite"))
+def log_of_parameter(name: str, value: ArrayLike | AffineInBeta) -> Array | AffineInBeta:
+    """What a kernel keeps of a positive parameter, so that a gradient step cannot make it negative.
+
+    Raises `InputError` if it is not positive and finite.
+    """
+    return value if isinstance(value, AffineInBeta) else log_of_positive(name, value)
+
+
+def rows(parameter: Array | AffineInBeta) -> Array:
+    """The parameter of a kernel that runs along a path.
+
+    Raises `InputError` if it is a function of beta still.
+    """
+    if isinstance(parameter, AffineInBeta):
+        raise InputError("this parameter is a function of beta: it has values in kernel.along(schedule.betas[1:])")
+    return parameter

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.kernels.contract import AbstractMove, State, Transition, log_of_positive
+from lehr.kernels.affine_in_beta import AffineInBeta
+from lehr.kernels.contract import AbstractMove, State, Transition, log_of_parameter, rows
 from lehr.numerics import is_concrete
 from lehr.path import Point, Tempered
 
@@ -28,7 +29,7 @@ class Hamiltonian(AbstractMove):
 
     Arguments:
         step_size: e > 0, in units of position times momentum scale. A number, `(dim,)`, `(num_steps, 1)` or
-            `(num_steps, dim)`; a 1-D array is always one per dimension.
+            `(num_steps, dim)`; a 1-D array is always one per dimension. Or an `AffineInBeta`.
         persistence: g in [0, 1); 0 draws fresh momentum each step and is then not a trainable leaf. A number or
             `(num_steps, 1)`.
         momentum_scale: sqrt(diag M) > 0, shapes as `step_size`.
@@ -41,8 +42,8 @@ class Hamiltonian(AbstractMove):
     Source: Zhang, Hsu, Li, Finn, Grosse 2021, algorithm 1 and equation (12); Neal 2001; Sohl-Dickstein, Culpepper 2012.
     """
 
-    log_step_size: Array
-    log_momentum_scale: Array
+    log_step_size: Array | AffineInBeta
+    log_momentum_scale: Array | AffineInBeta
     logit_persistence: Array | None
     num_leapfrog: int = eqx.field(static=True)
 
@@ -50,13 +51,13 @@ class Hamiltonian(AbstractMove):
 
     def __init__(
         self,
-        step_size: ArrayLike,
+        step_size: ArrayLike | AffineInBeta,
         persistence: ArrayLike = 0.0,
-        momentum_scale: ArrayLike = 1.0,
+        momentum_scale: ArrayLike | AffineInBeta = 1.0,
         num_leapfrog: int = 1,
     ):
-        self.log_step_size = log_of_positive("step_size", step_size)
-        self.log_momentum_scale = log_of_positive("momentum_scale", momentum_scale)
+        self.log_step_size = log_of_parameter("step_size", step_size)
+        self.log_momentum_scale = log_of_parameter("momentum_scale", momentum_scale)
         self.logit_persistence = _logit_of_persistence(persistence)
         if num_leapfrog != int(num_leapfrog) or num_leapfrog < 1:
             raise InputError(f"num_leapfrog must be a whole number of at least 1, but it is {num_leapfrog}")
@@ -65,7 +66,7 @@ class Hamiltonian(AbstractMove):
     @property
     def momentum_scale(self) -> Array:
         """sqrt(diag M), in the shape in which it was given."""
-        return jnp.exp(self.log_momentum_scale)
+        return jnp.exp(rows(self.log_momentum_scale))
 
     @property
     def persistence(self) -> Array:
@@ -78,7 +79,7 @@ class Hamiltonian(AbstractMove):
     @property
     def h(self) -> Array:
         """Step size over momentum scale: M^(-1/2) e."""
-        return jnp.exp(self.log_step_size - self.log_momentum_scale)
+        return jnp.exp(rows(self.log_step_size) - rows(self.log_momentum_scale))
 
     def init(self, key: PRNGKeyArray, density: Tempered, position: Float[Array, " dim"]) -> State:
         del density

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from lehr.kernels.contract import AbstractMove, State, Transition, log_of_positive
+from lehr.kernels.affine_in_beta import AffineInBeta
+from lehr.kernels.contract import AbstractMove, State, Transition, log_of_parameter
 from lehr.path import Tempered
 
 
@@ -17,7 +18,8 @@ class Langevin(AbstractMove):
     one gradient and one value per step (both at x', carried to the next). Inside `Metropolis` it is MALA.
 
     Arguments:
-        step_size: e > 0, in units of position. A number, `(dim,)`, `(num_steps, 1)` or `(num_steps, dim)`.
+        step_size: e > 0, in units of position. A number, `(dim,)`, `(num_steps, 1)`, `(num_steps, dim)`, or
+            an `AffineInBeta`.
 
     **Gradient**: exact through the chain.
 
@@ -26,12 +28,12 @@ class Langevin(AbstractMove):
     Source: Thin et al. 2021, "Monte Carlo variational auto-encoders", section 3; Roberts, Tweedie 1996.
     """
 
-    log_step_size: Array
+    log_step_size: Array | AffineInBeta
 
     uses_gradient: ClassVar[bool] = True
 
-    def __init__(self, step_size: ArrayLike):
-        self.log_step_size = log_of_positive("step_size", step_size)
+    def __init__(self, step_size: ArrayLike | AffineInBeta):
+        self.log_step_size = log_of_parameter("step_size", step_size)
 
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         e, x = self.step_size, state.point.position

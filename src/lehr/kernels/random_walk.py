@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from lehr.kernels.contract import AbstractMove, State, Transition, log_of_positive
+from lehr.kernels.affine_in_beta import AffineInBeta
+from lehr.kernels.contract import AbstractMove, State, Transition, log_of_parameter
 from lehr.path import Tempered
 
 
@@ -15,7 +16,8 @@ class RandomWalk(AbstractMove):
     Uncorrected it ignores the density and serves as a null case; `Metropolis(RandomWalk(e))` is random-walk Metropolis.
 
     Arguments:
-        step_size: e > 0, in units of position. A number, `(dim,)`, `(num_steps, 1)` or `(num_steps, dim)`.
+        step_size: e > 0, in units of position. A number, `(dim,)`, `(num_steps, 1)`, `(num_steps, dim)`, or
+            an `AffineInBeta`.
 
     **Gradient**: exact through the uncorrected chain; raises through `Metropolis`.
 
@@ -24,12 +26,12 @@ class RandomWalk(AbstractMove):
     Source: Metropolis et al. 1953.
     """
 
-    log_step_size: Array
+    log_step_size: Array | AffineInBeta
 
     uses_gradient: ClassVar[bool] = False
 
-    def __init__(self, step_size: ArrayLike):
-        self.log_step_size = log_of_positive("step_size", step_size)
+    def __init__(self, step_size: ArrayLike | AffineInBeta):
+        self.log_step_size = log_of_parameter("step_size", step_size)
 
     def propose(self, density: Tempered, state: State, noise: Any) -> Transition:
         point = density.evaluate(state.point.position + self.step_size * noise, gradient=False)
