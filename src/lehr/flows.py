@@ -62,7 +62,7 @@ def flow_matched(
     values = rng.permutation(values)
     num_held = min(_HELD_OUT, num_families // 8)
     held_out, rest = jnp.asarray(values[:num_held].reshape(-1, dimension)), values[num_held:].reshape(-1, dimension)
-    flow = _near_identity(dimension, num_layers, draws.dtype) if start is None else start
+    flow = near_identity(dimension, num_layers, draws.dtype) if start is None else start
     best, highest, moments = flow, float(_mean_log_prob(flow, held_out)), _init(flow)
     for _ in range(_NUM_BLOCKS):
         batches = jnp.asarray(rest[rng.integers(len(rest), size=(_BLOCK, _BATCH))])
@@ -104,7 +104,8 @@ def _fit_block(
 
 # One object for each size: a flow holds functions, and new ones would be compiled anew.
 @functools.cache
-def _near_identity(dimension: int, num_layers: int, dtype: Any) -> AbstractBijection:
+def near_identity(dimension: int, num_layers: int, dtype: Any) -> AbstractBijection:
+    """A coupling flow that changes little yet."""
     transformer = eqx.tree_at(lambda affine: affine.scale, Affine(), Parameterize(_bounded_exp, jnp.zeros(())))
     flow = coupling_flow(
         jax.random.key(0),
