@@ -1,5 +1,7 @@
 """Greedy tuning: from steps that diverge, or do nothing, it finds those of a good bound; and what it refuses."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,20 @@ def test_proportions_over_dimensions_stay(key):
     found = np.exp(tuned.kernel.log_step_size)  # pyright: ignore[reportAttributeAccessIssue]
     assert found.shape == (4, 2)
     np.testing.assert_allclose(found[:, 1] / found[:, 0], 4, rtol=1e-4)
+
+
+def test_what_differs_by_step_moves_with_the_temperatures(key):
+    logits = np.linspace(-1, 2, 8)[:, None]
+    kernel = Hamiltonian(0.1, 1 / (1 + np.exp(-logits)), np.ones((8, 2)))
+    start = Annealer(targets.base_2d(), Schedule.linear(8), kernel)
+    tuned, _ = tune(key, start, targets.log_gamma_2d())
+    found: Any = tuned.kernel
+    old, new = (np.asarray(a.schedule.betas[1:], np.float64) for a in (start, tuned))
+    assert np.abs(new - old).max() > 0.05
+    # Each step has about the persistence that belonged to its temperature, and not to its number.
+    at_its_place = np.interp(new, old, logits[:, 0])
+    assert np.abs(found.logit_persistence[:, 0] - at_its_place).max() < 0.5 * np.abs(logits[:, 0] - at_its_place).max()
+    np.testing.assert_allclose(found.momentum_scale, 1, rtol=1e-6)
 
 
 class TestWhatItRefuses:

@@ -1,6 +1,7 @@
 """Training reaches known optima, resumes to the last digit, and says what went wrong."""
 
 import math
+import re
 
 import equinox as eqx
 import jax
@@ -131,7 +132,8 @@ class TestBestAndLast:
 
     def test_a_run_that_made_things_worse_from_the_first_step_returns_its_start(self, key):
         start = jnp.full(2, 1.0)
-        trained = fit(key, bowl, start, optax.sgd(2.5), 40)
+        with pytest.warns(RuntimeWarning, match="far below its best"):
+            trained = fit(key, bowl, start, optax.sgd(2.5), 40)
         assert trained.diverged
         assert trained.best_iteration == 0
         assert same(trained.params, start)
@@ -142,10 +144,9 @@ class TestBestAndLast:
 class TestDivergence:
     def test_it_is_said_and_the_run_may_stop(self, key):
         rates = optax.piecewise_constant_schedule(0.1, {200: 21.0})
-        diverging = [
-            fit(key, rough, jnp.zeros(2), optax.sgd(rates), 300, window=20, stop_when_diverged=stop)
-            for stop in (False, True)
-        ]
+        with pytest.warns(RuntimeWarning, match="far below its best"):
+            goes_on = fit(key, rough, jnp.zeros(2), optax.sgd(rates), 300, window=20)
+        diverging = goes_on, fit(key, rough, jnp.zeros(2), optax.sgd(rates), 300, window=20, stop_when_diverged=True)
         for trained in diverging:
             assert trained.diverged
             assert trained.took_best
@@ -155,6 +156,15 @@ class TestDivergence:
         assert 220 < diverging[1].num_iterations < 240
         assert "stopped after" in diverging[1].warnings[1]
         assert len(diverging[1].values) == diverging[1].num_iterations
+
+    def test_it_is_said_at_once(self, key):
+        rates = optax.piecewise_constant_schedule(0.1, {200: 21.0})
+        with pytest.warns(RuntimeWarning, match="far below its best") as said:
+            fit(key, rough, jnp.zeros(2), optax.sgd(rates), 3000, window=20)
+        assert len(said) == 1
+        # Within a block of the loop of it, and long before the end.
+        at = int(re.search(r"at iteration ([\d,]+):", str(said[0].message))[1].replace(",", ""))
+        assert 220 <= at < 1500
 
     def test_one_far_value_is_not_divergence(self, key):
         def heavy(x, key):

@@ -146,7 +146,7 @@ def _step(
 
 
 def _respaced(annealer: Annealer, spread: np.ndarray) -> Annealer:
-    """Equal sums of the standard deviations a step, with the step sizes interpolated along them."""
+    """Equal sums of the standard deviations a step, with what differs by step interpolated along them."""
     betas = np.asarray(annealer.schedule.betas, np.float64)
     spread = np.where(np.isfinite(spread), spread, np.nanmax(np.where(np.isfinite(spread), spread, 0)))
     length = np.concatenate([[0.0], np.cumsum(spread)])
@@ -155,11 +155,17 @@ def _respaced(annealer: Annealer, spread: np.ndarray) -> Annealer:
     at = np.linspace(0, length[-1], len(betas))
     new = np.interp(at, length, betas)
     new[0], new[-1] = 0, 1
-    log_step_size = np.asarray(rows(_move(annealer.kernel).log_step_size), np.float64)
-    columns = [np.interp(at[1:], length[1:], column) for column in log_step_size.T]
     dtype = annealer.schedule.logits.dtype
+
+    def interpolated(leaf: Any) -> Any:
+        if not (eqx.is_inexact_array(leaf) and leaf.ndim == 2):
+            return leaf
+        columns = [np.interp(at[1:], length[1:], column) for column in np.asarray(leaf, np.float64).T]
+        return jnp.asarray(np.stack(columns, axis=1), dtype)
+
+    # Whatever a move has for each step stays at its place on the path: persistence and momentum scale too.
     annealer = eqx.tree_at(
-        lambda a: _move(a.kernel).log_step_size, annealer, jnp.asarray(np.stack(columns, axis=1), dtype)
+        lambda a: _move(a.kernel), annealer, replace_fn=lambda move: jax.tree.map(interpolated, move)
     )
     increments = np.log(np.maximum(np.diff(new), 1e-30))
     return eqx.tree_at(lambda a: a.schedule, annealer, Schedule(jnp.asarray(increments, dtype)))

@@ -1,6 +1,7 @@
 """Training: any objective, parameters and optax optimiser, in one compiled loop that can be stopped and resumed."""
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def fit(
     An iteration after which the objective, its gradient, the parameters or the optimiser's state would not be finite
     is skipped: it changes nothing, and is counted. After 20 of them in a row the run stops. A run whose objective falls
     far below its best, and stays there for `window` iterations, is said to have diverged: every value more than 5 of
-    its own standard deviations, and more than 1 nat, below. Both are said in the result's warnings.
+    its own standard deviations, and more than 1 nat, below. That is said at once, by a `RuntimeWarning` and on the
+    progress bar, and both are said in the result's warnings.
 
     Arguments:
         key: a PRNG key.
@@ -65,7 +67,8 @@ def fit(
         stop_when_diverged: whether to stop then; by default a run may yet recover.
         checkpoint: a folder for the state of the run, written every 20 seconds. If it holds one, the run goes on from
             there, to the same numbers as without the interruption, to the last digit (on the same kind of machine).
-            `num_iterations` may be raised; with fewer than 1,000 give the same `window`.
+            `num_iterations` may be raised; with fewer than 1,000 give the same `window`. A run is known by its key, its
+            shapes, and its numbers and objective at the start: it may go on with another learning rate.
         progress: whether to show a progress bar, with the smoothed objective, on standard error.
 
     Returns a `Trained`. Ctrl-C, once there is an iteration, ends the run and returns what there is, with a warning.
@@ -117,6 +120,7 @@ def fit(
         except InputError as error:
             faults[:] = [f"The checkpoint is not that of the end: {error}."]
 
+    warned = False
     with Progress(num_iterations, show=progress) as display:
         try:
             while len(values) < num_iterations and goes_on(state, rules):
@@ -127,6 +131,10 @@ def fit(
                 # Both, or neither: an interruption must find them together.
                 state, values = new, joined
                 display.at(len(values), _line(state, window))
+                is_over = len(values) == num_iterations or not goes_on(state, rules)
+                if int(state.fallen) >= window and not (warned or is_over):
+                    warned = True
+                    warnings.warn(_fallen(state, window), RuntimeWarning, stacklevel=2)
                 now = time.monotonic()
                 size = max(1, size // 2) if now - began > _BLOCK_SECONDS else min(2 * size, LONGEST_BLOCK)
                 if now - saved_at > _CHECKPOINT_SECONDS:
@@ -154,8 +162,20 @@ def fit(
 def _line(state: State, window: int) -> str:
     """The smoothed objective, for the progress bar."""
     error = float(jnp.sqrt(state.variance / window))
-    return f"objective {in_words(float(state.mean), error)}" + (
-        f", {int(state.num_skipped):,} iterations skipped" if int(state.num_skipped) else ""
+    skipped, fallen = int(state.num_skipped), int(state.fallen)
+    return (
+        f"objective {in_words(float(state.mean), error)}"
+        + (f", {skipped:,} iterations skipped" if skipped else "")
+        + (f", far below its best for {fallen:,} iterations" if fallen >= window else "")
+    )
+
+
+def _fallen(state: State, window: int) -> str:
+    """What is said while a run diverges, and not only after it."""
+    return (
+        f"the objective has been far below its best ({float(state.best_mean):.4g}, at iteration "
+        f"{int(state.best_iteration):,}) for {window:,} iterations, at iteration {int(state.iteration):,}: stop and "
+        "take a lower learning rate, or give stop_when_diverged=True; the best iterate is kept"
     )
 
 

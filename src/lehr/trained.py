@@ -172,6 +172,8 @@ def _mean(values: Array | np.ndarray) -> Bound:
     x = np.asarray(values, np.float64)
     if not len(x):
         return Bound(math.nan, math.inf)
+    if not np.all(np.isfinite(x)):
+        return Bound(float(x.mean()), math.nan)
     return Bound(float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.inf)
 
 
