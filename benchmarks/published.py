@@ -166,24 +166,20 @@ def best_base(name: str, seed: int) -> tuple[Problem, str, int]:
     fitted = find_base(key_find, target(name).problem, max_gradients=_FIND_GRADIENTS)
     problem, bijection = fitted.best.problem, fitted.best.bijection
     (dimension,) = problem.position.shape
-    found: list[tuple[Any, str, Any, float]] = [
-        ("Gaussian", 1e-2, gaussian_map(jnp.zeros(dimension), jnp.eye(dimension))),
-        ("coupling flow", 2e-3, near_identity(dimension, _FLOW_LAYERS, problem.position.dtype)),
-    ]
     if "flow" in fitted.best.name:
-        found[1] = ("coupling flow", 2e-3, jax.tree.map(_fixed, bijection, is_leaf=_is_affine))
-    bounds = []
-    for key, (kind, rate, start) in zip(keys, found):
-        continued = kind == "coupling flow" and "flow" in fitted.best.name
-        density = target(name).problem.log_target if continued else problem.log_target
-        objective = PulledBackBound(density, problem.base)
-        steps = optimiser(rate, _BASE_ITERATIONS)
+        flow = target(name).problem.log_target, jax.tree.map(_fixed, bijection, is_leaf=_is_affine)
+    else:
+        flow = problem.log_target, near_identity(dimension, _FLOW_LAYERS, problem.position.dtype)
+    gaussian = problem.log_target, gaussian_map(jnp.zeros(dimension), jnp.eye(dimension))
+    found = []
+    for key, kind, rate, (density, start) in zip(keys, ("Gaussian", "coupling flow"), (1e-2, 2e-3), (gaussian, flow)):
+        objective, steps = PulledBackBound(density, problem.base), optimiser(rate, _BASE_ITERATIONS)
         trained = lehr.fit(key, objective, start, steps, _BASE_ITERATIONS, progress=False)
-        density = PulledBack(density, unwrap(trained.params))
-        bounds.append((trained.bound.value, Problem(problem.base, density), f"{kind}, bound {trained.bound.value:.2f}"))
-    _, best, kind = max(bounds, key=lambda bound: bound[0])
-    gradients = fitted.num_gradients + len(bounds) * _BASE_ITERATIONS * _BASE_BATCH
-    return best, kind, gradients
+        bound = trained.bound.value
+        found.append((bound, f"{kind}, bound {bound:.2f}", PulledBack(density, unwrap(trained.params))))
+    _, kind, density = max(found, key=lambda candidate: candidate[0])
+    gradients = fitted.num_gradients + len(found) * _BASE_ITERATIONS * _BASE_BATCH
+    return Problem(problem.base, density), kind, gradients
 
 
 def _is_affine(node: Any) -> bool:
