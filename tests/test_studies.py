@@ -96,13 +96,34 @@ def test_moments_of_the_gradient_are_right(key):
     assert np.isnan(sticking.gradient_moments(bound, jnp.zeros(3), keys)["signal_to_noise"])
 
 
+def test_the_variance_of_a_mean_of_bounds_is_given_for_one_bound(key):
+    """A rule whose replicates are independent has the moments of one bound, however many it averages."""
+
+    def averaged(base, target, key, *, num_replicates):
+        keys = jax.random.split(key, num_replicates)
+        return jnp.mean(jax.vmap(lambda key: objectives.elbo(base, target, key))(keys))
+
+    start = targets.base_2d()
+    rules = {"plain": sticking.Rule(objectives.elbo), "averaged": sticking.Rule(averaged, 8)}
+    run = sticking.Run("conjugate", start, targets.conjugate_2d(), {"ELBO": (rules, ())})
+    plain, mean = sticking.measure(key, run, 100, 2000)[:2]
+    error = (plain["variance_error"] ** 2 + mean["variance_error"] ** 2) ** 0.5
+    assert abs(plain["variance"] - mean["variance"]) < 5 * error
+    assert error < 0.1 * plain["variance"]
+    np.testing.assert_allclose(plain["signal_to_noise"], mean["signal_to_noise"], rtol=0.2)
+
+
 def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
     from lehr.cli import main
 
     linear = sticking._targets()[1]
     posterior = linear.posterior()
     start = sticking.Gaussian.of(posterior.loc + 0.05, 1.3 * posterior._scale() @ posterior._scale().T)
-    rules = {"plain": objectives.elbo, "control variate": objectives.elbo_control_variate, "STL": objectives.elbo_stl}
+    rules = {
+        "plain": sticking.Rule(objectives.elbo),
+        "control variate": sticking.Rule(objectives.elbo_control_variate),
+        "STL": sticking.Rule(objectives.elbo_stl),
+    }
     run = sticking.Run("in the family", start, linear, {"ELBO": (rules, (("num_samples", 4),))}, posterior)
     monkeypatch.setattr(sticking, "runs", lambda key: [run])
     out = tmp_path / "out"

@@ -20,9 +20,14 @@ def log_weights(base: Any, log_target: LogDensity, key: PRNGKeyArray, num_sample
 
 def draws(base: Any, key: PRNGKeyArray, num_samples: int) -> Float[Array, "num_samples dim"]:
     """Independent draws of the base."""
+    return jax.vmap(base.sample)(sample_keys(key, num_samples))
+
+
+def sample_keys(key: PRNGKeyArray, num_samples: int) -> Array:
+    """A key for each draw."""
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, but it is {num_samples}")
-    return jax.vmap(base.sample)(jax.random.split(key, num_samples))
+    return jax.random.split(key, num_samples)
 
 
 def elbo(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: int = 1) -> Float[Array, ""]:

@@ -37,6 +37,8 @@ _DIMENSION = 11
 _NUM_PATIENTS = 60
 #: of linear regression, in standard deviations of the outcome: so large that five leapfrogs are stable
 _NOISE = 2.0
+#: of the bounds with several samples: as many as the ELBO has samples
+_NUM_REPLICATES = 8
 
 
 class Gaussian(eqx.Module):
@@ -109,6 +111,18 @@ class Bound(eqx.Module):
         return self.objective(params, self.target, key, **dict(self.options))
 
 
+class Rule(NamedTuple):
+    """An objective; `num_replicates` is an option of those that are the mean of several bounds."""
+
+    objective: Callable
+    num_replicates: int | None = None
+
+    def bound(self, target: Any, options: tuple[tuple[str, int], ...]) -> Bound:
+        """The objective of a target, with options that all rules of a setting share."""
+        more = () if self.num_replicates is None else (("num_replicates", self.num_replicates),)
+        return Bound(self.objective, target, options + more)
+
+
 class Run(NamedTuple):
     """What is trained, by the last rule of its first setting, and the settings whose gradients are measured on the way.
 
@@ -118,7 +132,7 @@ class Run(NamedTuple):
     target_name: str
     start: Any
     target: Any
-    settings: dict[str, tuple[dict[str, Callable], tuple[tuple[str, int], ...]]]
+    settings: dict[str, tuple[dict[str, Rule], tuple[tuple[str, int], ...]]]
     exact: Any = None
 
 
@@ -150,9 +164,23 @@ def runs(key: PRNGKeyArray) -> list[Run]:
     """Three bases, each for a posterior outside its family and for one inside."""
     key_start, key_flow = jax.random.split(key)
     logistic, linear = _targets()
-    elbo = {"plain": objectives.elbo, "control variate": objectives.elbo_control_variate, "STL": objectives.elbo_stl}
-    iwae = {"plain": objectives.iwae, "STL (biased)": objectives.iwae_stl, "DReG": objectives.iwae_dreg}
-    davi = {"plain": objectives.davi, "STL (biased)": objectives.davi_stl, "DReG": objectives.davi_dreg}
+    elbo = {
+        "plain": Rule(objectives.elbo),
+        "control variate": Rule(objectives.elbo_control_variate),
+        "STL": Rule(objectives.elbo_stl),
+    }
+    iwae = {
+        "plain": Rule(objectives.iwae),
+        "control variate": Rule(objectives.iwae_control_variate, _NUM_REPLICATES),
+        "STL (biased)": Rule(objectives.iwae_stl),
+        "DReG": Rule(objectives.iwae_dreg),
+    }
+    davi = {
+        "plain": Rule(objectives.davi),
+        "control variate": Rule(objectives.davi_control_variate, _NUM_REPLICATES),
+        "STL (biased)": Rule(objectives.davi_stl),
+        "DReG": Rule(objectives.davi_dreg),
+    }
     gaussians = {
         "ELBO, full-rank Gaussian": (elbo, (("num_samples", 8),)),
         "IWAE S = 5": (iwae, (("num_samples", 5),)),
@@ -182,11 +210,13 @@ def runs(key: PRNGKeyArray) -> list[Run]:
 def measure(key: PRNGKeyArray, run: Run, num_iterations: int, num_keys: int) -> list[dict[str, Any]]:
     """One row for each setting, iterate and rule, with the moments of the gradient in the base.
 
-    The training is one run of `lehr.fit`, gone on with from its checkpoint after each iterate that is measured.
+    The variance of a mean of B bounds is given times B, and its signal-to-noise divided by sqrt(B): what one bound has to
+    itself, as with the other rules. The training is one run of `lehr.fit`, gone on with from its checkpoint after each
+    iterate that is measured.
     """
     key_fit, key_measure = jax.random.split(key)
-    objective, options = next(iter(run.settings.values()))
-    trained_by = Bound(list(objective.values())[-1], run.target, options)
+    rules, options = next(iter(run.settings.values()))
+    trained_by = list(rules.values())[-1].bound(run.target, options)
     optimiser = optax.adam(optax.cosine_decay_schedule(0.03, num_iterations))
     iterates = [(0, False, run.start)]
     with tempfile.TemporaryDirectory() as folder:
@@ -201,11 +231,18 @@ def measure(key: PRNGKeyArray, run: Run, num_iterations: int, num_keys: int) -> 
     for i, (iteration, exact, params) in enumerate(iterates):
         keys = jax.random.split(jax.random.fold_in(key_measure, i), num_keys)
         for setting, (rules, options) in run.settings.items():
-            for rule, objective in rules.items():
-                moments = gradient_moments(Bound(objective, run.target, options), params, keys)
-                where = {"setting": setting, "target": run.target_name, "rule": rule}
-                rows.append(where | {"iteration": iteration, "exact": exact} | jax.tree.map(float, moments))
+            for name, rule in rules.items():
+                moments = jax.tree.map(float, gradient_moments(rule.bound(run.target, options), params, keys))
+                where = {"setting": setting, "target": run.target_name, "rule": name}
+                rows.append(where | {"iteration": iteration, "exact": exact} | _of_one_bound(moments, rule))
     return rows
+
+
+def _of_one_bound(moments: dict[str, float], rule: Rule) -> dict[str, float]:
+    """The moments of a mean of bounds, brought to one of them."""
+    b = rule.num_replicates or 1
+    scales = {"variance": b, "variance_error": b, "signal_to_noise": b**-0.5}
+    return {name: value * scales.get(name, 1) for name, value in moments.items()}
 
 
 @eqx.filter_jit
