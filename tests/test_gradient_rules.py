@@ -1,5 +1,7 @@
 """The gradient rules: unbiased where they say so, biased where they say so, and with less variance where they must."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -7,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flowjax.bijections import Affine
-from flowjax.distributions import MultivariateNormal, StandardNormal, Transformed
+from flowjax.distributions import MultivariateNormal, Normal, StandardNormal, Transformed
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 
 from lehr import Annealer, Hamiltonian, InputError, Langevin, Metropolis, Schedule, objectives
+from lehr.numerics import stop_gradient
 from lehr.objectives import control_variates
 from tests import targets
 from tests.statistics import THRESHOLD, assert_mean, two_sample_z_score, z_score
@@ -46,6 +49,13 @@ def assert_same_mean(a, b, names):
 
 def total_variance(sampled):
     return float(np.sum(np.var(sampled, axis=0)))
+
+
+def replicated(bound, num_replicates):
+    """The mean of independent values of a bound `(trained, key)`."""
+    return lambda trained, key: jnp.mean(
+        jax.vmap(lambda key: bound(trained, key))(jax.random.split(key, num_replicates))
+    )
 
 
 # One sample.
@@ -146,12 +156,37 @@ def flows(key):
     }
 
 
-@pytest.mark.parametrize("name", ["coupling", "masked autoregressive"])
-def test_at_a_target_that_is_the_flow_itself_nothing_is_left(key, name):
-    flow = flows(key)[name]
-    _, stl, _ = gradients(key, lambda base, key: objectives.elbo_stl(base, flow.log_prob, key), flow, 50)
-    _, plain, _ = gradients(key, lambda base, key: objectives.elbo(base, flow.log_prob, key), flow, 50)
-    assert total_variance(stl) < 1e-6 * total_variance(plain)
+FAMILIES = {
+    "diagonal Gaussian": lambda key: Normal(jnp.array([0.3, -0.5, 1.0]), jnp.array([0.5, 2.0, 1.5])),
+    "full-rank Gaussian": lambda key: MultivariateNormal(
+        jnp.array([0.3, -0.5, 1.0]), jnp.array([[1.0, 0.3, 0.0], [0.3, 0.7, -0.2], [0.0, -0.2, 2.0]])
+    ),
+    "coupling": lambda key: flows(key)["coupling"],
+    "masked autoregressive": lambda key: flows(key)["masked autoregressive"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_a_target_that_is_the_base_but_for_a_constant_nothing_is_left(x64, key, name):
+    base = FAMILIES[name](key)
+    # One draw after the other: FlowJAX's full-rank Gaussian solves triangular systems, which batched may not end.
+    keys = jax.random.split(key, 10)
+
+    @jax.jit
+    def gradients_of_both(dynamic):
+        def of(objective):
+            def bound(leaves, key):
+                return objective(eqx.combine(leaves, static), lambda x: base.log_prob(x) + 3.7, key)
+
+            return jax.lax.map(lambda key: jax.grad(bound)(dynamic, key), keys)
+
+        return of(objectives.elbo_stl), of(objectives.elbo)
+
+    dynamic, static = eqx.partition(base, eqx.is_inexact_array)
+    stl, plain = gradients_of_both(dynamic)
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(dynamic))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(stl)) < 1e-10
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 0.1
 
 
 # Several samples.
@@ -252,14 +287,70 @@ def test_one_particle_of_dreg_is_the_path_derivative(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *both(trained))
 
 
-# The score as a control variate of several samples, and of chains.
+def test_annealed_gradients_of_a_flow_are_unbiased(key):
+    key_flow, key_moved, key = jax.random.split(key, 3)
+    flow = coupling_flow(key_flow, base_dist=StandardNormal((2,)), flow_layers=2, nn_width=4, nn_depth=1)
+    # From its start, which is nearly the identity, to where the networks matter.
+    dynamic, static = eqx.partition(flow, eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(dynamic)
+    flow = eqx.combine(unravel(flat + 0.3 * jax.random.normal(key_moved, flat.shape)), static)
+    annealer = Annealer(flow, Schedule(jnp.array([0.2, -0.3])), Hamiltonian(0.3, persistence=0.7))
+    target, n = targets.mixture_2d(), 20_000
+
+    def sampled(bound, fold):
+        values, found, names = gradients(jax.random.fold_in(key, fold), bound, annealer, n)
+        of_base = np.array(["base" in name for name in names]) & (found.std(axis=0) > 0)
+        return values, found[:, of_base], [name for name, kept in zip(names, of_base) if kept]
+
+    def davi(annealer, key):
+        return objectives.davi(annealer, target, key)
+
+    def stl(annealer, key):
+        return objectives.davi_stl(annealer, target, key)
+
+    def of_three(objective):
+        return lambda annealer, key: objective(annealer, target, key, num_particles=3)
+
+    for (values, plain, names), (other_values, other, other_names) in (
+        (sampled(davi, 0), sampled(stl, 1)),
+        (sampled(of_three(objectives.davi), 2), sampled(of_three(objectives.davi_dreg), 3)),
+    ):
+        assert abs(two_sample_z_score(values, other_values)) < THRESHOLD
+        assert names == other_names
+        assert len(names) > 30
+        assert_same_mean(plain, other, names)
+        assert total_variance(other) < total_variance(plain)
 
 
-def replicated(bound, num_replicates):
-    """The mean of independent values of a bound `(trained, key)`."""
-    return lambda trained, key: jnp.mean(
-        jax.vmap(lambda key: bound(trained, key))(jax.random.split(key, num_replicates))
+class HeldDensity(eqx.Module):
+    """A base whose density does not see that its parameters change."""
+
+    base: Any
+
+    def sample(self, key, shape=()):
+        return self.base.sample(key, shape)
+
+    def log_prob(self, x):
+        return stop_gradient(self.base).log_prob(x)
+
+
+def test_the_densities_of_the_path_are_no_scores(key):
+    """To hold them too, and not only the density of x_0, is biased: the tests of unbiasedness see it."""
+    annealer, target, n = annealed("persistent momentum"), targets.mixture_2d(), 50_000
+    annealer = eqx.tree_at(lambda annealer: annealer.kernel, annealer, Hamiltonian(0.8, persistence=0.7))
+
+    def stl(base, key):
+        return objectives.davi_stl(eqx.tree_at(lambda annealer: annealer.base, annealer, base), target, key)
+
+    _, sampled, names = gradients(jax.random.fold_in(key, 0), stl, annealer.base, n)
+    _, biased, _ = gradients(
+        jax.random.fold_in(key, 1), lambda base, key: stl(HeldDensity(base), key), annealer.base, n
     )
+    z = [two_sample_z_score(sampled[:, i], biased[:, i]) for i in range(len(names))]
+    assert np.abs(z).max() > 2 * THRESHOLD
+
+
+# The score as a control variate of several samples, and of chains.
 
 
 @pytest.mark.parametrize(("num_samples", "largest_ratio"), [(1, 0.3), (3, 0.9)])
@@ -345,6 +436,23 @@ def test_a_control_variate_changes_the_gradient_of_the_base_alone(key):
             of_base, other_of_base = first.base, other_first.base
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), same, others)
         assert np.abs(of_base.loc - other_of_base.loc).max() > 0.01
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_every_memory_and_a_target_that_closes_over_what_is_trained(key, memory):
+    annealer, target = annealed("persistent momentum"), targets.mixture_2d()
+
+    def bound(annealer, target, memory):
+        return objectives.davi_control_variate(
+            annealer, lambda x: target(x), key, num_particles=2, num_replicates=3, memory=memory
+        )
+
+    expected, found = (
+        jax.jit(jax.grad(lambda annealer, target: bound(annealer, target, memory), argnums=(0, 1)))(annealer, target)  # noqa: B023
+        for memory in ("store", memory)
+    )
+    assert jnp.abs(found[1].log_mass).max() > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
 
 
 def test_at_the_exact_posterior_the_control_variate_of_iwae_is_zero(x64, key):

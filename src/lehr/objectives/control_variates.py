@@ -23,7 +23,7 @@ from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import sample_keys
 from lehr.objectives.gradient_rules import ravelled, zero_with_gradient
 from lehr.path import LogDensity, Problem
-from lehr.reversible import Memory
+from lehr.reversible import Memory, memory_of
 from lehr.weighted import log_mean_exp
 
 
@@ -108,6 +108,8 @@ def davi_control_variate(
     """
     refuse_exact(annealer)
     _refuse_few("replicates", "num_replicates", num_replicates)
+    # While the persistence may have a value to look at.
+    memory = memory_of(memory, annealer.kernel)
 
     def bound(base: Any, rest: tuple[Annealer, LogDensity], key: Array) -> tuple[Array, Array]:
         annealer, log_target = rest
@@ -140,8 +142,12 @@ def _controlled(base: Any, rest: Any, bound: _Bound, keys: Array) -> Float[Array
     def mean_log_base(trained: Any, x: Array) -> Array:
         return jnp.mean(jax.vmap(eqx.combine(trained, static).log_prob)(x))
 
+    # What a target closes over is held as its leaves are: the gradient taken here is not to be differentiated.
+    one, seen = jax.closure_convert(one, fixed, keys[0])
+    seen = stop_gradient(seen)
+
     def gradient_and_score(key: Array) -> tuple[Array, Array]:
-        g, x = jax.grad(one, has_aux=True)(fixed, key)
+        g, x = jax.grad(one, has_aux=True)(fixed, key, *seen)
         return ravelled(g), ravelled(jax.grad(mean_log_base)(fixed, x))
 
     g, s = jax.vmap(gradient_and_score)(keys)

@@ -210,9 +210,9 @@ def runs(key: PRNGKeyArray) -> list[Run]:
 def measure(key: PRNGKeyArray, run: Run, num_iterations: int, num_keys: int) -> list[dict[str, Any]]:
     """One row for each setting, iterate and rule, with the moments of the gradient in the base.
 
-    The variance of a mean of B bounds is given times B, and its signal-to-noise divided by sqrt(B): what one bound has to
-    itself, as with the other rules. The training is one run of `lehr.fit`, gone on with from its checkpoint after each
-    iterate that is measured.
+    The variance of a mean of B bounds is given times B, and its signal-to-noise divided by sqrt(B): what one bound has,
+    as with the other rules. The training is one run of `lehr.fit`, gone on with from its checkpoint after each iterate
+    that is measured.
     """
     key_fit, key_measure = jax.random.split(key)
     rules, options = next(iter(run.settings.values()))
