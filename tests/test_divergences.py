@@ -9,7 +9,7 @@ import scipy.stats
 from flowjax.bijections import Affine, Chain, Flip, TriangularAffine
 from flowjax.distributions import MultivariateNormal, Normal, StandardNormal, StudentT, Transformed
 
-from lehr import InputError
+from lehr import Gaussian, InputError
 from lehr.divergences import entropy, kl_divergence
 
 LOC, COVARIANCE = np.array([1.0, -0.5, 0.3]), np.array([[1.0, 0.3, 0.0], [0.3, 0.7, -0.2], [0.0, -0.2, 2.0]])
@@ -30,6 +30,7 @@ def gaussians():
             LOC + TRIANGULAR @ flipped @ np.ones(3),
             linear @ linear.T,
         ),
+        "lehr's": (Gaussian.from_covariance(LOC, COVARIANCE + np.eye(3)), LOC, COVARIANCE + np.eye(3)),
     }
 
 

@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lehr import objectives
+from lehr import Gaussian, objectives
 from lehr.studies import sticking
 from lehr.studies.figure2 import _agreement, _budgets
 from tests import targets
@@ -63,21 +63,12 @@ def test_figure2_needs_more_than_one_chain(tmp_path, capsys):
     assert "2 chains" in capsys.readouterr().err
 
 
-def test_the_full_rank_base_of_sticking_is_the_gaussian_it_says(key):
-    covariance = np.array([[1.0, 0.4], [0.4, 0.5]])
-    base = sticking.Gaussian.of(np.array([1.0, -1.0]), covariance)
-    x = jnp.array([0.3, -0.2])
-    expected = targets.Gaussian(jnp.array([1.0, -1.0]), jnp.asarray(np.linalg.cholesky(covariance)))
-    np.testing.assert_allclose(base.log_prob(x), expected.log_prob(x), rtol=1e-5)
-    np.testing.assert_allclose(np.cov(base.sample(key, (100_000,)).T), covariance, atol=0.02)
-
-
 def test_the_linear_target_of_sticking_has_the_posterior_it_says(x64):
     logistic, linear = sticking._targets()
     posterior = linear.posterior()
     np.testing.assert_allclose(jax.grad(linear)(posterior.loc), 0, atol=1e-8)
     precision = -jax.hessian(linear)(posterior.loc)
-    scale = posterior._scale()
+    scale = posterior.scale_tril
     np.testing.assert_allclose(precision @ scale @ scale.T, np.eye(11), atol=1e-8)
     # The other is not Gaussian: its curvature changes.
     assert not np.allclose(*(jax.hessian(logistic)(x) for x in (jnp.zeros(11), jnp.ones(11))), rtol=0.5)
@@ -118,7 +109,7 @@ def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
 
     linear = sticking._targets()[1]
     posterior = linear.posterior()
-    start = sticking.Gaussian.of(posterior.loc + 0.05, 1.3 * posterior._scale() @ posterior._scale().T)
+    start = Gaussian.from_covariance(posterior.loc + 0.05, 1.3 * posterior.scale_tril @ posterior.scale_tril.T)
     rules = {
         "plain": sticking.Rule(objectives.elbo),
         "control variate": sticking.Rule(objectives.elbo_control_variate),

@@ -19,8 +19,9 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from lehr import objectives
 from lehr.annealing import Annealer
 from lehr.errors import InputError
+from lehr.gaussian import Gaussian
 from lehr.kernels import Hamiltonian
-from lehr.numerics import bernoulli_log_prob, inverse_of_lower
+from lehr.numerics import bernoulli_log_prob
 from lehr.optimisation import fit
 from lehr.path import Schedule
 from lehr.studies.sticking_plot import draw
@@ -39,32 +40,6 @@ _NUM_PATIENTS = 60
 _NOISE = 2.0
 #: of the bounds with several samples: as many as the ELBO has samples
 _NUM_REPLICATES = 8
-
-
-class Gaussian(eqx.Module):
-    """A full-rank base: N(loc, L L^T), with the logarithm of L's diagonal, and what is below it in `lower`."""
-
-    loc: Float[Array, " dim"]
-    log_diagonal: Float[Array, " dim"]
-    lower: Float[Array, "dim dim"]
-
-    @classmethod
-    def of(cls, loc: Any, covariance: Any) -> "Gaussian":
-        """The one with these moments."""
-        scale = np.linalg.cholesky(np.asarray(covariance, np.float64))
-        return cls(*(jnp.asarray(part, float) for part in (loc, np.log(np.diagonal(scale)), np.tril(scale, -1))))
-
-    def _scale(self) -> Array:
-        return jnp.tril(self.lower, -1) + jnp.diag(jnp.exp(self.log_diagonal))
-
-    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Array:
-        """loc + L z."""
-        return self.loc + jax.random.normal(key, (*shape, *self.loc.shape)) @ self._scale().T
-
-    def log_prob(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
-        """By the inverse of L, which is the same for all draws."""
-        inverse = inverse_of_lower(self._scale())
-        return -jnp.sum((inverse @ (x - self.loc)) ** 2 + np.log(2 * np.pi)) / 2 - jnp.sum(self.log_diagonal)
 
 
 class Regression(eqx.Module):
@@ -88,7 +63,7 @@ class Regression(eqx.Module):
         """The exact one, of linear regression."""
         design, y = np.asarray(self.design, np.float64), np.asarray(self.y, np.float64)
         covariance = np.linalg.inv(np.eye(design.shape[1]) + design.T @ design / _NOISE**2)
-        return Gaussian.of(covariance @ design.T @ y / _NOISE**2, covariance)
+        return Gaussian.from_covariance(covariance @ design.T @ y / _NOISE**2, covariance)
 
 
 class LogProb(eqx.Module):
@@ -188,7 +163,7 @@ def runs(key: PRNGKeyArray) -> list[Run]:
     }
     flows = {"ELBO, coupling flow": (elbo, (("num_samples", 8),))}
     annealed = {"DAVI K = 5, S = 5": (davi, (("num_particles", 5),))}
-    prior, posterior = Gaussian.of(np.zeros(_DIMENSION), np.eye(_DIMENSION)), linear.posterior()
+    prior, posterior = Gaussian.from_covariance(np.zeros(_DIMENSION), np.eye(_DIMENSION)), linear.posterior()
     flow = coupling_flow(key_start, base_dist=StandardNormal((_DIMENSION,)), flow_layers=2, nn_width=16)
     # Another flow of the same kind.
     moved = jax.tree.map(
