@@ -54,6 +54,12 @@ def test_the_entropy_of_other_libraries_is_theirs():
     np.testing.assert_allclose(entropy(base), scipy.stats.norm(0, 2).entropy() * 3, rtol=1e-5)
 
 
+def test_a_transformed_distribution_of_numpyro_is_refused():
+    base = dist.TransformedDistribution(dist.Normal(jnp.asarray(LOC), 1.0).to_event(1), dist.transforms.ExpTransform())
+    with pytest.raises(InputError, match=r"a TransformedDistribution is not known .* function entropy\(base\)"):
+        entropy(base)
+
+
 def test_gradients_are_exact():
     gradient = jax.grad(lambda scale: entropy(Normal(jnp.zeros(3), scale)))(jnp.array([0.5, 1.0, 4.0]))
     np.testing.assert_allclose(gradient, [2.0, 1.0, 0.25], rtol=1e-5)

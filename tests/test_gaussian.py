@@ -44,7 +44,7 @@ def test_float32_is_enough_and_stays_float32_under_x64(key):
         assert x.dtype == narrow.log_prob(x[0]).dtype == narrow.entropy().dtype == jnp.float32
         wide = Gaussian(jnp.zeros(2), jnp.eye(2))
         assert wide.sample(key).dtype == jnp.float64
-    assert Gaussian([0, 1], [[1, 0], [2, 3]]).sample(key).dtype == jnp.float32
+    assert Gaussian(np.array([0, 1]), np.array([[1, 0], [2, 3]])).sample(key).dtype == jnp.float32
 
 
 def test_draws_have_its_moments(key):

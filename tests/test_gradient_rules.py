@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flowjax.bijections import Affine
-from flowjax.distributions import MultivariateNormal, Normal, StandardNormal, Transformed
+from flowjax.distributions import LogNormal, MultivariateNormal, Normal, StandardNormal, Transformed
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 
-from lehr import Annealer, Hamiltonian, InputError, Langevin, Metropolis, Schedule, objectives
+from lehr import Annealer, Hamiltonian, InputError, Langevin, Metropolis, Schedule, divergences, objectives
 from lehr.numerics import stop_gradient
 from lehr.objectives import control_variates
 from tests import targets
@@ -484,6 +484,28 @@ def test_the_forms_of_the_bound_agree_and_so_do_their_gradients(key):
     for values, sampled, names in found[1:]:
         assert abs(two_sample_z_score(values, found[0][0])) < THRESHOLD
         assert_same_mean(sampled, found[0][1], names)
+
+
+def test_an_entropy_may_be_given(key):
+    """That of log x ~ N(m, s^2) is the entropy of log x and the sum of m."""
+    base = LogNormal(jnp.array([0.3, -0.4]), jnp.array([0.5, 0.8]))
+    target = targets.mixture_2d()
+
+    def entropy(base):
+        return divergences.entropy(base.base_dist) + jnp.sum(base.base_dist.loc)
+
+    def exact(base, key):
+        return objectives.elbo_exact_entropy(base, target, key, num_samples=2, entropy=entropy)
+
+    def plain(base, key):
+        return objectives.elbo(base, target, key, num_samples=2)
+
+    values, sampled, names = gradients(jax.random.fold_in(key, 0), exact, base)
+    plain_values, plain_sampled, _ = gradients(jax.random.fold_in(key, 1), plain, base)
+    assert abs(two_sample_z_score(values, plain_values)) < THRESHOLD
+    assert_same_mean(sampled, plain_sampled, names)
+    with pytest.raises(InputError, match=r"give a function entropy\(base\)"):
+        objectives.elbo_exact_entropy(base, target, key)
 
 
 def test_a_flow_has_no_exact_entropy(key):

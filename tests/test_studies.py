@@ -134,6 +134,42 @@ def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
     assert matplotlib.image.imread(out / "sticking.png").shape[0] > 300
 
 
+@pytest.mark.slow
+def test_every_run_of_sticking(tmp_path, capsys):
+    from lehr.cli import main
+
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as studied:
+        main(["study", "sticking", "--num-iterations", "100", "--num-keys", "20", "--out", str(out), "--json"])
+    assert studied.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    elbo, several = ["plain", "control variate", "STL"], ["plain", "control variate", "STL (biased)", "DReG"]
+    expected = {
+        "ELBO, full-rank Gaussian": elbo,
+        "IWAE S = 5": several,
+        "IWAE S = 50": several,
+        "ELBO, coupling flow": elbo,
+        "DAVI K = 5, S = 5": several,
+    }
+    for setting, rules in expected.items():
+        for target in ("logistic regression", "target in the family"):
+            rows = [row for row in result["rows"] if (row["setting"], row["target"]) == (setting, target)]
+            inside = target == "target in the family"
+            assert [row["rule"] for row in rows] == rules * (7 if inside else 6)
+            assert [row["iteration"] for row in rows[:: len(rules)]] == [0, 1, 3, 10, 30, 100] + [100] * inside
+            assert [row["exact"] for row in rows[:: len(rules)]] == [False] * 6 + [True] * inside
+            assert all(np.isfinite([row["bound"], row["variance"], row["variance_error"]]).all() for row in rows)
+            last = {row["rule"]: row for row in rows[-len(rules) :]}
+            # The same draws, and so the same bound; the means of several bounds have draws of their own.
+            bounds = [last[rule]["bound"] for rule in rules if setting.startswith("ELBO") or rule != "control variate"]
+            np.testing.assert_allclose(bounds, bounds[0], rtol=1e-4)
+            if inside and not setting.startswith("DAVI"):
+                # At the exact posterior the score is all the noise, and every rule but the plain one takes it out.
+                assert all(last[rule]["variance"] < 1e-7 * last["plain"]["variance"] for rule in rules[1:])
+    assert len(result["rows"]) == 13 * sum(len(rules) for rules in expected.values())
+    assert matplotlib.image.imread(out / "sticking.png").shape[0] > 300
+
+
 def test_sticking_needs_more_than_a_few_keys(tmp_path, capsys):
     from lehr.cli import main
 

@@ -36,15 +36,21 @@ def entropy(base: Any) -> Float[Array, ""]:
 
     **Gradient**: exact.
 
-    Raises `lehr.errors.InputError` for a base whose entropy is not known, such as a flow.
+    Raises `lehr.errors.InputError` for a base whose entropy is not known, such as a flow, or a transformed distribution
+    of NumPyro's.
     """
+    unknown = (
+        f"the entropy of a {type(base).__name__} is not known in closed form: give a function entropy(base), or use "
+        "objectives.elbo or elbo_stl"
+    )
     if callable(getattr(base, "entropy", None)):
-        return base.entropy()
+        try:
+            return base.entropy()
+        except NotImplementedError as error:  # NumPyro's way to say so
+            raise InputError(unknown) from error
     bijection = _gaussian_map(base)
     if bijection is None:
-        raise InputError(
-            f"the entropy of a {type(base).__name__} is not known in closed form: use objectives.elbo or elbo_stl"
-        )
+        raise InputError(unknown)
     origin = jnp.zeros(bijection.shape)
     return origin.size / 2 * (1 + math.log(2 * math.pi)) + bijection.transform_and_log_det(origin)[1]
 

@@ -35,7 +35,7 @@ class Gaussian(eqx.Module):
     Raises `lehr.errors.InputError` for shapes that do not fit, and an L that is not lower triangular with a positive,
     finite diagonal.
 
-    Source: the parametrisation by a Cholesky factor: Pinheiro, Bates 1996, section 2.2.
+    Source: Pinheiro, Bates 1996, "Unconstrained parametrizations for variance-covariance matrices" (log-Cholesky).
     """
 
     loc: Float[Array, " dim"]
@@ -74,7 +74,7 @@ class Gaussian(eqx.Module):
         matrix: Any = np.asarray(covariance, np.float64)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"a covariance must have shape (dim, dim), but it has {matrix.shape}")
-        # Twice the rounding of float32, relative to the two scales.
+        # Some roundings of float32, relative to the two scales: a covariance that was computed in it is symmetric.
         spread = np.sqrt(np.abs(np.diagonal(matrix)))
         if not np.all(np.abs(matrix - matrix.T) <= 1e-6 * np.outer(spread, spread)):
             raise InputError("a covariance must be symmetric and finite, but this is not")
