@@ -95,8 +95,8 @@ def davi_control_variate(
 
     Arguments:
         num_particles: S, of each bound.
-        num_replicates: B, at least 3. Each bound's gradient in the base is kept. Where schedule, kernel or target are
-            differentiated too, the chain is run for them a second time.
+        num_replicates: B, at least 3. Each bound's gradient in the base is kept. Each chain is run twice: for that, and
+            for the value with its gradient in the rest.
         memory: as `davi`.
 
     **Gradient**: unbiased for the bound; in schedule, kernel and target that of `davi`. Reverse and forward mode; no
