@@ -9,7 +9,7 @@ import scipy.stats
 from flowjax.bijections import Affine, Chain, Flip, TriangularAffine
 from flowjax.distributions import MultivariateNormal, Normal, StandardNormal, StudentT, Transformed
 
-from lehr import InputError
+from lehr import Gaussian, InputError
 from lehr.divergences import entropy, kl_divergence
 
 LOC, COVARIANCE = np.array([1.0, -0.5, 0.3]), np.array([[1.0, 0.3, 0.0], [0.3, 0.7, -0.2], [0.0, -0.2, 2.0]])
@@ -30,6 +30,7 @@ def gaussians():
             LOC + TRIANGULAR @ flipped @ np.ones(3),
             linear @ linear.T,
         ),
+        "lehr's": (Gaussian.from_covariance(LOC, COVARIANCE + np.eye(3)), LOC, COVARIANCE + np.eye(3)),
     }
 
 
@@ -51,6 +52,12 @@ def test_divergence_is_that_of_the_covariances():
 def test_the_entropy_of_other_libraries_is_theirs():
     base = dist.Normal(jnp.asarray(LOC), 2.0).to_event(1)
     np.testing.assert_allclose(entropy(base), scipy.stats.norm(0, 2).entropy() * 3, rtol=1e-5)
+
+
+def test_a_transformed_distribution_of_numpyro_is_refused():
+    base = dist.TransformedDistribution(dist.Normal(jnp.asarray(LOC), 1.0).to_event(1), dist.transforms.ExpTransform())
+    with pytest.raises(InputError, match=r"a TransformedDistribution is not known .* function entropy\(base\)"):
+        entropy(base)
 
 
 def test_gradients_are_exact():

@@ -1,5 +1,7 @@
 """The gradient rules: unbiased where they say so, biased where they say so, and with less variance where they must."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -7,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flowjax.bijections import Affine
-from flowjax.distributions import MultivariateNormal, StandardNormal, Transformed
+from flowjax.distributions import LogNormal, MultivariateNormal, Normal, StandardNormal, Transformed
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 
-from lehr import Annealer, Hamiltonian, InputError, Langevin, Metropolis, Schedule, objectives
+from lehr import Annealer, Hamiltonian, InputError, Langevin, Metropolis, Schedule, divergences, objectives
+from lehr.numerics import stop_gradient
+from lehr.objectives import control_variates
 from tests import targets
 from tests.statistics import THRESHOLD, assert_mean, two_sample_z_score, z_score
 from tests.test_objectives import kl_divergence
@@ -45,6 +49,13 @@ def assert_same_mean(a, b, names):
 
 def total_variance(sampled):
     return float(np.sum(np.var(sampled, axis=0)))
+
+
+def replicated(bound, num_replicates):
+    """The mean of independent values of a bound `(trained, key)`."""
+    return lambda trained, key: jnp.mean(
+        jax.vmap(lambda key: bound(trained, key))(jax.random.split(key, num_replicates))
+    )
 
 
 # One sample.
@@ -145,12 +156,37 @@ def flows(key):
     }
 
 
-@pytest.mark.parametrize("name", ["coupling", "masked autoregressive"])
-def test_at_a_target_that_is_the_flow_itself_nothing_is_left(key, name):
-    flow = flows(key)[name]
-    _, stl, _ = gradients(key, lambda base, key: objectives.elbo_stl(base, flow.log_prob, key), flow, 50)
-    _, plain, _ = gradients(key, lambda base, key: objectives.elbo(base, flow.log_prob, key), flow, 50)
-    assert total_variance(stl) < 1e-6 * total_variance(plain)
+FAMILIES = {
+    "diagonal Gaussian": lambda key: Normal(jnp.array([0.3, -0.5, 1.0]), jnp.array([0.5, 2.0, 1.5])),
+    "full-rank Gaussian": lambda key: MultivariateNormal(
+        jnp.array([0.3, -0.5, 1.0]), jnp.array([[1.0, 0.3, 0.0], [0.3, 0.7, -0.2], [0.0, -0.2, 2.0]])
+    ),
+    "coupling": lambda key: flows(key)["coupling"],
+    "masked autoregressive": lambda key: flows(key)["masked autoregressive"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_a_target_that_is_the_base_but_for_a_constant_nothing_is_left(x64, key, name):
+    base = FAMILIES[name](key)
+    # One draw after the other: FlowJAX's full-rank Gaussian solves triangular systems, which batched may not end.
+    keys = jax.random.split(key, 10)
+
+    @jax.jit
+    def gradients_of_both(dynamic):
+        def of(objective):
+            def bound(leaves, key):
+                return objective(eqx.combine(leaves, static), lambda x: base.log_prob(x) + 3.7, key)
+
+            return jax.lax.map(lambda key: jax.grad(bound)(dynamic, key), keys)
+
+        return of(objectives.elbo_stl), of(objectives.elbo)
+
+    dynamic, static = eqx.partition(base, eqx.is_inexact_array)
+    stl, plain = gradients_of_both(dynamic)
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(dynamic))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(stl)) < 1e-10
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)) > 0.1
 
 
 # Several samples.
@@ -251,6 +287,183 @@ def test_one_particle_of_dreg_is_the_path_derivative(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *both(trained))
 
 
+def test_annealed_gradients_of_a_flow_are_unbiased(key):
+    key_flow, key_moved, key = jax.random.split(key, 3)
+    flow = coupling_flow(key_flow, base_dist=StandardNormal((2,)), flow_layers=2, nn_width=4, nn_depth=1)
+    # From its start, which is nearly the identity, to where the networks matter.
+    dynamic, static = eqx.partition(flow, eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(dynamic)
+    flow = eqx.combine(unravel(flat + 0.3 * jax.random.normal(key_moved, flat.shape)), static)
+    annealer = Annealer(flow, Schedule(jnp.array([0.2, -0.3])), Hamiltonian(0.3, persistence=0.7))
+    target, n = targets.mixture_2d(), 20_000
+
+    def sampled(bound, fold):
+        values, found, names = gradients(jax.random.fold_in(key, fold), bound, annealer, n)
+        of_base = np.array(["base" in name for name in names]) & (found.std(axis=0) > 0)
+        return values, found[:, of_base], [name for name, kept in zip(names, of_base) if kept]
+
+    def davi(annealer, key):
+        return objectives.davi(annealer, target, key)
+
+    def stl(annealer, key):
+        return objectives.davi_stl(annealer, target, key)
+
+    def of_three(objective):
+        return lambda annealer, key: objective(annealer, target, key, num_particles=3)
+
+    for (values, plain, names), (other_values, other, other_names) in (
+        (sampled(davi, 0), sampled(stl, 1)),
+        (sampled(of_three(objectives.davi), 2), sampled(of_three(objectives.davi_dreg), 3)),
+    ):
+        assert abs(two_sample_z_score(values, other_values)) < THRESHOLD
+        assert names == other_names
+        assert len(names) > 30
+        assert_same_mean(plain, other, names)
+        assert total_variance(other) < total_variance(plain)
+
+
+class HeldDensity(eqx.Module):
+    """A base whose density does not see that its parameters change."""
+
+    base: Any
+
+    def sample(self, key, shape=()):
+        return self.base.sample(key, shape)
+
+    def log_prob(self, x):
+        return stop_gradient(self.base).log_prob(x)
+
+
+def test_the_densities_of_the_path_are_no_scores(key):
+    """To hold them too, and not only the density of x_0, is biased: the tests of unbiasedness see it."""
+    annealer, target, n = annealed("persistent momentum"), targets.mixture_2d(), 50_000
+    annealer = eqx.tree_at(lambda annealer: annealer.kernel, annealer, Hamiltonian(0.8, persistence=0.7))
+
+    def stl(base, key):
+        return objectives.davi_stl(eqx.tree_at(lambda annealer: annealer.base, annealer, base), target, key)
+
+    _, sampled, names = gradients(jax.random.fold_in(key, 0), stl, annealer.base, n)
+    _, biased, _ = gradients(
+        jax.random.fold_in(key, 1), lambda base, key: stl(HeldDensity(base), key), annealer.base, n
+    )
+    z = [two_sample_z_score(sampled[:, i], biased[:, i]) for i in range(len(names))]
+    assert np.abs(z).max() > 2 * THRESHOLD
+
+
+# The score as a control variate of several samples, and of chains.
+
+
+@pytest.mark.parametrize(("num_samples", "largest_ratio"), [(1, 0.3), (3, 0.9)])
+def test_the_control_variate_of_iwae_is_unbiased(key, num_samples, largest_ratio):
+    base, target, n = targets.base_2d(), targets.conjugate_2d(), 40_000
+
+    def iwae(base, key):
+        return objectives.iwae(base, target, key, num_samples=num_samples)
+
+    def controlled(base, key):
+        return objectives.iwae_control_variate(base, target, key, num_samples=num_samples, num_replicates=8)
+
+    values, plain, names = gradients(jax.random.fold_in(key, 0), replicated(iwae, 8), base, n)
+    controlled_values, sampled, _ = gradients(jax.random.fold_in(key, 1), controlled, base, n)
+    assert abs(two_sample_z_score(values, controlled_values)) < THRESHOLD
+    assert_same_mean(plain, sampled, names)
+    assert total_variance(sampled) < largest_ratio * total_variance(plain)
+
+
+def test_a_scale_from_the_same_replicates_would_be_biased(key, monkeypatch):
+    """What the leave-one-out estimate is for: the tests of unbiasedness see it missing."""
+    base, target, n = targets.base_2d(), targets.conjugate_2d(), 40_000
+
+    def of_all(g, s):
+        g_bar, s_bar = g.mean(axis=0), s.mean(axis=0)
+        return jnp.full(len(g), -jnp.sum((g - g_bar) * (s - s_bar)) / jnp.sum((s - s_bar) ** 2))
+
+    def iwae(base, key):
+        return objectives.iwae(base, target, key, num_samples=3)
+
+    _, plain, names = gradients(jax.random.fold_in(key, 0), replicated(iwae, 3), base, n)
+    monkeypatch.setattr(control_variates, "_leave_one_out_scale", of_all)
+    _, biased, _ = gradients(
+        jax.random.fold_in(key, 1),
+        lambda base, key: objectives.iwae_control_variate(base, target, key, num_samples=3, num_replicates=3),
+        base,
+        n,
+    )
+    z = [two_sample_z_score(plain[:, i], biased[:, i]) for i in range(len(names))]
+    assert np.abs(z).max() > 2 * THRESHOLD
+
+
+def test_the_control_variate_of_davi_is_unbiased(key):
+    trained, n = (annealed("persistent momentum"), targets.mixture_2d()), 20_000
+
+    def davi(parts, key):
+        return objectives.davi(*parts, key, num_particles=2)
+
+    def controlled(parts, key):
+        return objectives.davi_control_variate(*parts, key, num_particles=2, num_replicates=5)
+
+    values, plain, names = gradients(jax.random.fold_in(key, 0), replicated(davi, 5), trained, n)
+    controlled_values, sampled, _ = gradients(jax.random.fold_in(key, 1), controlled, trained, n)
+    assert abs(two_sample_z_score(values, controlled_values)) < THRESHOLD
+    assert_same_mean(plain, sampled, names)
+    of_base = [i for i, leaf in enumerate(names) if "base" in leaf]
+    assert total_variance(sampled[:, of_base]) < 0.5 * total_variance(plain[:, of_base])
+
+
+def test_a_control_variate_changes_the_gradient_of_the_base_alone(key):
+    """The same draws: value, and gradients in schedule, kernel and target, are those of the mean of plain bounds."""
+    parts = annealed("persistent momentum"), targets.mixture_2d()
+    base, target = targets.base_2d(), targets.mixture_2d()
+    pairs = [
+        (
+            parts,
+            replicated(lambda parts, key: objectives.davi(*parts, key, num_particles=2), 3),
+            lambda parts, key: objectives.davi_control_variate(*parts, key, num_particles=2, num_replicates=3),
+        ),
+        (
+            (base, target),
+            replicated(lambda parts, key: objectives.iwae(*parts, key, num_samples=2), 3),
+            lambda parts, key: objectives.iwae_control_variate(*parts, key, num_samples=2, num_replicates=3),
+        ),
+    ]
+    for trained, plain, controlled in pairs:
+        found = jax.jit(lambda trained: [jax.value_and_grad(f)(trained, key) for f in (plain, controlled)])(trained)  # noqa: B023
+        (value, (first, of_target)), (other_value, (other_first, other_of_target)) = found
+        same, others = (value, of_target), (other_value, other_of_target)
+        of_base, other_of_base = first, other_first
+        if isinstance(first, Annealer):
+            same, others = (*same, first.schedule, first.kernel), (*others, other_first.schedule, other_first.kernel)
+            of_base, other_of_base = first.base, other_first.base
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), same, others)
+        assert np.abs(of_base.loc - other_of_base.loc).max() > 0.01
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_every_memory_and_a_target_that_closes_over_what_is_trained(key, memory):
+    annealer, target = annealed("persistent momentum"), targets.mixture_2d()
+
+    def bound(annealer, target, memory):
+        return objectives.davi_control_variate(
+            annealer, lambda x: target(x), key, num_particles=2, num_replicates=3, memory=memory
+        )
+
+    expected, found = (
+        jax.jit(jax.grad(lambda annealer, target: bound(annealer, target, memory), argnums=(0, 1)))(annealer, target)  # noqa: B023
+        for memory in ("store", memory)
+    )
+    assert jnp.abs(found[1].log_mass).max() > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+def test_at_the_exact_posterior_the_control_variate_of_iwae_is_zero(x64, key):
+    target = targets.conjugate_2d()
+
+    def bound(base, key):
+        return objectives.iwae_control_variate(base, target, key, num_samples=4, num_replicates=3)
+
+    assert np.abs(gradients(key, bound, target.posterior, 200)[1]).max() < 1e-9
+
+
 # Exact entropy and divergence.
 
 
@@ -273,6 +486,28 @@ def test_the_forms_of_the_bound_agree_and_so_do_their_gradients(key):
         assert_same_mean(sampled, found[0][1], names)
 
 
+def test_an_entropy_may_be_given(key):
+    """That of log x ~ N(m, s^2) is the entropy of log x and the sum of m."""
+    base = LogNormal(jnp.array([0.3, -0.4]), jnp.array([0.5, 0.8]))
+    target = targets.mixture_2d()
+
+    def entropy(base):
+        return divergences.entropy(base.base_dist) + jnp.sum(base.base_dist.loc)
+
+    def exact(base, key):
+        return objectives.elbo_exact_entropy(base, target, key, num_samples=2, entropy=entropy)
+
+    def plain(base, key):
+        return objectives.elbo(base, target, key, num_samples=2)
+
+    values, sampled, names = gradients(jax.random.fold_in(key, 0), exact, base)
+    plain_values, plain_sampled, _ = gradients(jax.random.fold_in(key, 1), plain, base)
+    assert abs(two_sample_z_score(values, plain_values)) < THRESHOLD
+    assert_same_mean(sampled, plain_sampled, names)
+    with pytest.raises(InputError, match=r"give a function entropy\(base\)"):
+        objectives.elbo_exact_entropy(base, target, key)
+
+
 def test_a_flow_has_no_exact_entropy(key):
     flow = flows(key)["coupling"]
     with pytest.raises(InputError, match="use objectives\\.elbo or elbo_stl"):
@@ -285,8 +520,15 @@ def test_a_flow_has_no_exact_entropy(key):
 
 
 def test_too_few_samples_for_a_control_variate_are_refused(key):
+    base, target = targets.base_2d(), targets.mixture_2d()
     with pytest.raises(InputError, match="at least 3 samples"):
-        objectives.elbo_control_variate(targets.base_2d(), targets.mixture_2d(), key, num_samples=2)
+        objectives.elbo_control_variate(base, target, key, num_samples=2)
+    with pytest.raises(InputError, match="at least 3 replicates"):
+        objectives.iwae_control_variate(base, target, key, num_samples=5, num_replicates=2)
+    with pytest.raises(InputError, match="at least 3 replicates"):
+        objectives.davi_control_variate(annealed("langevin"), target, key, num_replicates=2)
+    with pytest.raises(InputError, match="num_samples must be at least 1"):
+        objectives.iwae_control_variate(base, target, key, num_samples=0, num_replicates=3)
 
 
 @pytest.mark.parametrize("objective", [objectives.davi_stl, objectives.davi_dreg])
@@ -294,3 +536,9 @@ def test_corrected_kernels_are_refused(key, objective):
     annealer = Annealer(targets.base_2d(), Schedule.linear(2), Metropolis(Hamiltonian(0.3)))
     with pytest.raises(InputError, match="use aiwae"):
         objective(annealer, targets.mixture_2d(), key, num_particles=2)
+
+
+def test_a_control_variate_of_a_corrected_kernel_is_refused(key):
+    annealer = Annealer(targets.base_2d(), Schedule.linear(2), Metropolis(Hamiltonian(0.3)))
+    with pytest.raises(InputError, match="use aiwae"):
+        objectives.davi_control_variate(annealer, targets.mixture_2d(), key, num_replicates=3)

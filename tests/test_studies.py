@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lehr import objectives
+from lehr import Gaussian, objectives
 from lehr.studies import sticking
 from lehr.studies.figure2 import _agreement, _budgets
 from tests import targets
@@ -63,21 +63,12 @@ def test_figure2_needs_more_than_one_chain(tmp_path, capsys):
     assert "2 chains" in capsys.readouterr().err
 
 
-def test_the_full_rank_base_of_sticking_is_the_gaussian_it_says(key):
-    covariance = np.array([[1.0, 0.4], [0.4, 0.5]])
-    base = sticking.Gaussian.of(np.array([1.0, -1.0]), covariance)
-    x = jnp.array([0.3, -0.2])
-    expected = targets.Gaussian(jnp.array([1.0, -1.0]), jnp.asarray(np.linalg.cholesky(covariance)))
-    np.testing.assert_allclose(base.log_prob(x), expected.log_prob(x), rtol=1e-5)
-    np.testing.assert_allclose(np.cov(base.sample(key, (100_000,)).T), covariance, atol=0.02)
-
-
 def test_the_linear_target_of_sticking_has_the_posterior_it_says(x64):
     logistic, linear = sticking._targets()
     posterior = linear.posterior()
     np.testing.assert_allclose(jax.grad(linear)(posterior.loc), 0, atol=1e-8)
     precision = -jax.hessian(linear)(posterior.loc)
-    scale = posterior._scale()
+    scale = posterior.scale_tril
     np.testing.assert_allclose(precision @ scale @ scale.T, np.eye(11), atol=1e-8)
     # The other is not Gaussian: its curvature changes.
     assert not np.allclose(*(jax.hessian(logistic)(x) for x in (jnp.zeros(11), jnp.ones(11))), rtol=0.5)
@@ -96,13 +87,34 @@ def test_moments_of_the_gradient_are_right(key):
     assert np.isnan(sticking.gradient_moments(bound, jnp.zeros(3), keys)["signal_to_noise"])
 
 
+def test_the_variance_of_a_mean_of_bounds_is_given_for_one_bound(key):
+    """A rule whose replicates are independent has the moments of one bound, however many it averages."""
+
+    def averaged(base, target, key, *, num_replicates):
+        keys = jax.random.split(key, num_replicates)
+        return jnp.mean(jax.vmap(lambda key: objectives.elbo(base, target, key))(keys))
+
+    start = targets.base_2d()
+    rules = {"plain": sticking.Rule(objectives.elbo), "averaged": sticking.Rule(averaged, 8)}
+    run = sticking.Run("conjugate", start, targets.conjugate_2d(), {"ELBO": (rules, ())})
+    plain, mean = sticking.measure(key, run, 100, 2000)[:2]
+    error = (plain["variance_error"] ** 2 + mean["variance_error"] ** 2) ** 0.5
+    assert abs(plain["variance"] - mean["variance"]) < 5 * error
+    assert error < 0.1 * plain["variance"]
+    np.testing.assert_allclose(plain["signal_to_noise"], mean["signal_to_noise"], rtol=0.2)
+
+
 def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
     from lehr.cli import main
 
     linear = sticking._targets()[1]
     posterior = linear.posterior()
-    start = sticking.Gaussian.of(posterior.loc + 0.05, 1.3 * posterior._scale() @ posterior._scale().T)
-    rules = {"plain": objectives.elbo, "control variate": objectives.elbo_control_variate, "STL": objectives.elbo_stl}
+    start = Gaussian.from_covariance(posterior.loc + 0.05, 1.3 * posterior.scale_tril @ posterior.scale_tril.T)
+    rules = {
+        "plain": sticking.Rule(objectives.elbo),
+        "control variate": sticking.Rule(objectives.elbo_control_variate),
+        "STL": sticking.Rule(objectives.elbo_stl),
+    }
     run = sticking.Run("in the family", start, linear, {"ELBO": (rules, (("num_samples", 4),))}, posterior)
     monkeypatch.setattr(sticking, "runs", lambda key: [run])
     out = tmp_path / "out"
@@ -119,6 +131,42 @@ def test_sticking_on_a_target_in_the_family(tmp_path, capsys, monkeypatch):
     for rule in ("STL", "control variate"):
         assert by_rule[rule][-1] < 1e-7 * by_rule["plain"][-1]
     assert by_rule["plain"][-1] > 0.1 * by_rule["plain"][0]
+    assert matplotlib.image.imread(out / "sticking.png").shape[0] > 300
+
+
+@pytest.mark.slow
+def test_every_run_of_sticking(tmp_path, capsys):
+    from lehr.cli import main
+
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as studied:
+        main(["study", "sticking", "--num-iterations", "100", "--num-keys", "20", "--out", str(out), "--json"])
+    assert studied.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    elbo, several = ["plain", "control variate", "STL"], ["plain", "control variate", "STL (biased)", "DReG"]
+    expected = {
+        "ELBO, full-rank Gaussian": elbo,
+        "IWAE S = 5": several,
+        "IWAE S = 50": several,
+        "ELBO, coupling flow": elbo,
+        "DAVI K = 5, S = 5": several,
+    }
+    for setting, rules in expected.items():
+        for target in ("logistic regression", "target in the family"):
+            rows = [row for row in result["rows"] if (row["setting"], row["target"]) == (setting, target)]
+            inside = target == "target in the family"
+            assert [row["rule"] for row in rows] == rules * (7 if inside else 6)
+            assert [row["iteration"] for row in rows[:: len(rules)]] == [0, 1, 3, 10, 30, 100] + [100] * inside
+            assert [row["exact"] for row in rows[:: len(rules)]] == [False] * 6 + [True] * inside
+            assert all(np.isfinite([row["bound"], row["variance"], row["variance_error"]]).all() for row in rows)
+            last = {row["rule"]: row for row in rows[-len(rules) :]}
+            # The same draws, and so the same bound; the means of several bounds have draws of their own.
+            bounds = [last[rule]["bound"] for rule in rules if setting.startswith("ELBO") or rule != "control variate"]
+            np.testing.assert_allclose(bounds, bounds[0], rtol=1e-4)
+            if inside and not setting.startswith("DAVI"):
+                # At the exact posterior the score is all the noise, and every rule but the plain one takes it out.
+                assert all(last[rule]["variance"] < 1e-7 * last["plain"]["variance"] for rule in rules[1:])
+    assert len(result["rows"]) == 13 * sum(len(rules) for rules in expected.values())
     assert matplotlib.image.imread(out / "sticking.png").shape[0] > 300
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lehr.comparison import Comparison as Comparison, compare as compare
     from lehr.errors import InputError as InputError
     from lehr.estimation import evidence as evidence
+    from lehr.gaussian import Gaussian as Gaussian
     from lehr.greedy import tune as tune
     from lehr.kernels import (
         AffineInBeta as AffineInBeta,
@@ -41,6 +42,7 @@ _HOME = {
     "from_function": "lehr.adapters.functions",
     "from_numpyro": "lehr.adapters.numpyro",
     "from_pymc": "lehr.adapters.pymc",
+    "Gaussian": "lehr.gaussian",
     "Reversible": "lehr.reversible",
     "SimulationCheck": "lehr.simulation",
     "simulate_check": "lehr.simulation",

@@ -1,16 +1,17 @@
 """Entropies and divergences in closed form."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flowjax import bijections
 from flowjax.distributions import AbstractTransformed, StandardNormal
 from jaxtyping import Array, Float
 from paramax import unwrap
 
 from lehr.errors import InputError
+from lehr.gaussian import Gaussian
 
 #: maps of the form A x + b with A the same everywhere
 _AFFINE = (
@@ -31,25 +32,33 @@ def entropy(base: Any) -> Float[Array, ""]:
 
     Arguments:
         base: a distribution over `(dim,)`: FlowJAX's `Normal`, `MultivariateNormal` or a standard normal under affine
-            bijections; or any with `entropy()` (NumPyro's).
+            bijections; or any with `entropy()` (`lehr.Gaussian`, NumPyro's).
 
     **Gradient**: exact.
 
-    Raises `lehr.errors.InputError` for a base whose entropy is not known, such as a flow.
+    Raises `lehr.errors.InputError` for a base whose entropy is not known, such as a flow, or a transformed distribution
+    of NumPyro's.
     """
+    unknown = (
+        f"the entropy of a {type(base).__name__} is not known in closed form: give a function entropy(base), or use "
+        "objectives.elbo or elbo_stl"
+    )
     if callable(getattr(base, "entropy", None)):
-        return base.entropy()
+        try:
+            return base.entropy()
+        except NotImplementedError as error:  # NumPyro's way to say so
+            raise InputError(unknown) from error
     bijection = _gaussian_map(base)
     if bijection is None:
-        raise InputError(
-            f"the entropy of a {type(base).__name__} is not known in closed form: use objectives.elbo or elbo_stl"
-        )
+        raise InputError(unknown)
     origin = jnp.zeros(bijection.shape)
-    return origin.size / 2 * (1 + np.log(2 * np.pi)) + bijection.transform_and_log_det(origin)[1]
+    return origin.size / 2 * (1 + math.log(2 * math.pi)) + bijection.transform_and_log_det(origin)[1]
 
 
 def kl_divergence(base: Any, prior: Any) -> Float[Array, ""]:
-    """KL(base || prior) = E[log base(x) - log prior(x)], x ~ base, in nats, exactly, of two of FlowJAX's Gaussians.
+    """KL(base || prior) = E[log base(x) - log prior(x)], x ~ base, in nats, exactly, of two Gaussians.
+
+    `lehr.Gaussian` and those of FlowJAX, in any pair.
 
     With x = A z + b, and M = A_prior^-1 A, c = A_prior^-1 (b - b_prior):
 
@@ -65,8 +74,8 @@ def kl_divergence(base: Any, prior: Any) -> Float[Array, ""]:
     if ours is None or theirs is None:
         other = type(base if ours is None else prior).__name__
         raise InputError(
-            f"the divergence is known in closed form between FlowJAX's Gaussians, not of a {other}: give a function "
-            "kl(base, prior), or use objectives.elbo or elbo_stl"
+            f"the divergence is known in closed form between Gaussians of lehr and FlowJAX, not of a {other}: give a "
+            "function kl(base, prior), or use objectives.elbo or elbo_stl"
         )
     whitened = bijections.Chain([ours, bijections.Invert(theirs)])
     origin = jnp.zeros(ours.shape)
@@ -77,6 +86,8 @@ def kl_divergence(base: Any, prior: Any) -> Float[Array, ""]:
 
 def _gaussian_map(distribution: Any) -> bijections.AbstractBijection | None:
     """The affine map under which N(0, I) becomes the distribution; None if there is none that is known."""
+    if isinstance(distribution, Gaussian):
+        return unwrap(bijections.TriangularAffine(distribution.loc, distribution.scale_tril))
     if isinstance(distribution, StandardNormal):
         return bijections.Identity(distribution.shape)
     if not isinstance(distribution, AbstractTransformed):

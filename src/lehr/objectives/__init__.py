@@ -7,13 +7,15 @@ one image); what is trained comes first, for `jax.grad`. `aiwae` returns its par
 
 from lehr.objectives.aiwae import aiwae
 from lehr.objectives.annealed import davi
+from lehr.objectives.control_variates import davi_control_variate, elbo_control_variate, iwae_control_variate
 from lehr.objectives.elbo import elbo, elbo_exact_entropy, elbo_exact_kl
-from lehr.objectives.gradient_rules import davi_dreg, davi_stl, elbo_control_variate, elbo_stl, iwae_dreg, iwae_stl
+from lehr.objectives.gradient_rules import davi_dreg, davi_stl, elbo_stl, iwae_dreg, iwae_stl
 from lehr.objectives.multisample import iwae
 
 __all__ = [
     "aiwae",
     "davi",
+    "davi_control_variate",
     "davi_dreg",
     "davi_stl",
     "elbo",
@@ -22,6 +24,7 @@ __all__ = [
     "elbo_exact_kl",
     "elbo_stl",
     "iwae",
+    "iwae_control_variate",
     "iwae_dreg",
     "iwae_stl",
 ]

@@ -20,9 +20,14 @@ def log_weights(base: Any, log_target: LogDensity, key: PRNGKeyArray, num_sample
 
 def draws(base: Any, key: PRNGKeyArray, num_samples: int) -> Float[Array, "num_samples dim"]:
     """Independent draws of the base."""
+    return jax.vmap(base.sample)(sample_keys(key, num_samples))
+
+
+def sample_keys(key: PRNGKeyArray, num_samples: int) -> Array:
+    """A key for each draw."""
     if num_samples < 1:
         raise InputError(f"num_samples must be at least 1, but it is {num_samples}")
-    return jax.vmap(base.sample)(jax.random.split(key, num_samples))
+    return jax.random.split(key, num_samples)
 
 
 def elbo(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: int = 1) -> Float[Array, ""]:
@@ -43,20 +48,30 @@ def elbo(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: i
 
 
 def elbo_exact_entropy(
-    base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: int = 1
+    base: Any,
+    log_target: LogDensity,
+    key: PRNGKeyArray,
+    *,
+    num_samples: int = 1,
+    entropy: Callable[[Any], Array] = divergences.entropy,
 ) -> Float[Array, ""]:
     """(1/S) sum_i log target(x_i) + H[base],  x_i ~ base:  the ELBO with its entropy term exact.
 
-    Arguments as `elbo`, with a base whose entropy is known (`lehr.divergences.entropy`).
+    Arguments:
+        base: has a reparameterised `sample(key, shape)`.
+        log_target: maps a position `(dim,)` to the log unnormalised density, in nats.
+        num_samples: S.
+        entropy: gives H[base] = -E[log base(x)], in nats; by default of Gaussians, and of what has an `entropy()`.
 
-    **Gradient**: unbiased for the bound. At an exact posterior its variance is *not* zero: that of `elbo_stl` is.
+    **Gradient**: unbiased for the bound, if that of `entropy` is exact. At an exact posterior its variance is *not*
+    zero: that of `elbo_stl` is.
 
-    Raises `lehr.errors.InputError` as `elbo`, and for a base whose entropy is not known.
+    Raises `lehr.errors.InputError` as `elbo`, and for a base whose entropy is not known and not given.
 
     Source: Roeder, Wu, Duvenaud 2017, equation (2).
     """
     problem = Problem(base, log_target)
-    return jnp.mean(jax.vmap(problem.log_prob)(draws(base, key, num_samples))) + divergences.entropy(base)
+    return jnp.mean(jax.vmap(problem.log_prob)(draws(base, key, num_samples))) + entropy(base)
 
 
 def elbo_exact_kl(
@@ -75,7 +90,7 @@ def elbo_exact_kl(
         log_likelihood: maps a position `(dim,)` to the log density of the data, in nats.
         prior: a distribution over positions.
         num_samples: S.
-        kl: gives KL(base || prior); by default of FlowJAX's Gaussians. (For NumPyro's distributions:
+        kl: gives KL(base || prior); by default of Gaussians of lehr and FlowJAX. (For NumPyro's:
             `numpyro.distributions.kl_divergence`.)
 
     **Gradient**: unbiased for the bound; not zero at an exact posterior.

@@ -5,7 +5,8 @@ The gradient in a base q with reparameterised draws x is a path derivative and a
     d/dphi log q(x(phi); phi) = d log q / dx  dx/dphi + s(x),     s(x) = d/dphi log q(x; phi) at fixed x,   E[s] = 0.
 
 At an exact posterior the path derivative of log target - log q vanishes for every draw, and the score is all of the
-variance. What may be done with it depends on what multiplies it: see each objective, and docs/gradients.md.
+variance. What may be done with it depends on what multiplies it: see each objective, and docs/gradients.md. Here it is
+left out; control_variates.py scales it.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealing import Annealer, anneal_from, base_draws
-from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws
@@ -139,59 +139,6 @@ def davi_dreg(
     )
 
 
-def elbo_control_variate(base: Any, log_target: LogDensity, key: PRNGKeyArray, *, num_samples: int) -> Float[Array, ""]:
-    """The value of `elbo`, with the score as a control variate of the gradient in the base:
-
-        (1/S) sum_i [g_i + c_i s_i],     c_i = - sum_{j != i} <g_j - g_bar, s_j - s_bar> / sum_{j != i} |s_j - s_bar|^2,
-
-    g_i the gradient of one sample's term of `elbo`, s_i its score, and g_bar and s_bar the means of the others. c = 0
-    is `elbo`, c = 1 is `elbo_stl`. The c that minimises the trace of the variance is -E<g - E g, s> / E|s|^2: it is
-    estimated from the other samples, of which s_i is independent. At an exact posterior g = -s, and every c_i is 1.
-
-    Arguments:
-        num_samples: S, at least 3. Each sample's gradient is kept: memory is S times that of the base.
-
-    **Gradient**: unbiased for the bound, in the base and the target. Reverse and forward mode; no second derivatives.
-
-    Raises `lehr.errors.InputError` as `elbo`, and for fewer than three samples.
-
-    Source: Roeder, Wu, Duvenaud 2017, section 6 (the idea).
-    """
-    if num_samples < 3:
-        raise InputError(
-            f"a control variate's scale needs at least 3 samples to estimate, but num_samples is {num_samples}"
-        )
-    problem, fixed_target = Problem(base, log_target), stop_gradient(log_target)
-    trained, rest = eqx.partition(base, eqx.is_inexact_array)
-
-    def log_weight(trained: Any, key: PRNGKeyArray) -> Array:
-        here = Problem(eqx.combine(trained, rest), fixed_target)
-        x = here.base.sample(key)
-        return here.log_prob(x) - here.log_base(x)
-
-    def log_base(trained: Any, x: Array) -> Array:
-        return Problem(eqx.combine(trained, rest), fixed_target).log_base(x)
-
-    keys, fixed = jax.random.split(key, num_samples), stop_gradient(trained)
-    x = stop_gradient(jax.vmap(base.sample)(keys))
-    g = jax.vmap(lambda key: _ravelled(jax.grad(log_weight)(fixed, key)))(keys)
-    s = jax.vmap(lambda x: _ravelled(jax.grad(log_base)(fixed, x)))(x)
-    gradient = jnp.mean(g + _leave_one_out_scale(g, s)[:, None] * s, axis=0)
-    bound = jnp.mean(jax.vmap(lambda x: problem.log_prob(x) - jax.lax.stop_gradient(problem.log_base(x)))(x))
-    return bound + _zero_with_gradient(_ravelled(trained), gradient)
-
-
-def _leave_one_out_scale(g: Float[Array, "n size"], s: Float[Array, "n size"]) -> Float[Array, " n"]:
-    n = g.shape[0]
-
-    def of_others(a: Array, b: Array) -> Array:
-        """(n - 1) times the covariance of a and b, without each row in turn."""
-        products, others_a, others_b = jnp.sum(a * b, axis=1), jnp.sum(a, axis=0) - a, jnp.sum(b, axis=0) - b
-        return jnp.sum(products) - products - jnp.sum(others_a * others_b, axis=1) / (n - 1)
-
-    return -of_others(g, s) / of_others(s, s)
-
-
 def _path_log_weights(base: Any, log_target: LogDensity, x: Float[Array, "n dim"]) -> Float[Array, " n"]:
     """Log weights of draws of the base, without the score in their gradient."""
     problem, fixed = Problem(base, log_target), Problem(stop_gradient(base), log_target)
@@ -220,14 +167,15 @@ def _doubly_reparameterised(
     weights = jax.nn.softmax(log_weights)
     of_trained, of_x = pull(weights)
     of_x = weights[:, None] * of_x
-    gradient = _ravelled((of_trained, of_x))
-    return log_mean_exp(log_weights) + _zero_with_gradient(_ravelled((trained, x)), gradient)
+    gradient = ravelled((of_trained, of_x))
+    return log_mean_exp(log_weights) + zero_with_gradient(ravelled((trained, x)), gradient)
 
 
-def _zero_with_gradient(values: Float[Array, " size"], gradient: Float[Array, " size"]) -> Float[Array, ""]:
+def zero_with_gradient(values: Float[Array, " size"], gradient: Float[Array, " size"]) -> Float[Array, ""]:
     """Zero, whose gradient in `values` is `gradient`."""
     return jnp.sum(jax.lax.stop_gradient(gradient) * (values - jax.lax.stop_gradient(values)))
 
 
-def _ravelled(tree: Any) -> Float[Array, " size"]:
+def ravelled(tree: Any) -> Float[Array, " size"]:
+    """All leaves in one array."""
     return jax.flatten_util.ravel_pytree(tree)[0]

@@ -19,8 +19,9 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from lehr import objectives
 from lehr.annealing import Annealer
 from lehr.errors import InputError
+from lehr.gaussian import Gaussian
 from lehr.kernels import Hamiltonian
-from lehr.numerics import bernoulli_log_prob, inverse_of_lower
+from lehr.numerics import bernoulli_log_prob
 from lehr.optimisation import fit
 from lehr.path import Schedule
 from lehr.studies.sticking_plot import draw
@@ -37,32 +38,8 @@ _DIMENSION = 11
 _NUM_PATIENTS = 60
 #: of linear regression, in standard deviations of the outcome: so large that five leapfrogs are stable
 _NOISE = 2.0
-
-
-class Gaussian(eqx.Module):
-    """A full-rank base: N(loc, L L^T), with the logarithm of L's diagonal, and what is below it in `lower`."""
-
-    loc: Float[Array, " dim"]
-    log_diagonal: Float[Array, " dim"]
-    lower: Float[Array, "dim dim"]
-
-    @classmethod
-    def of(cls, loc: Any, covariance: Any) -> "Gaussian":
-        """The one with these moments."""
-        scale = np.linalg.cholesky(np.asarray(covariance, np.float64))
-        return cls(*(jnp.asarray(part, float) for part in (loc, np.log(np.diagonal(scale)), np.tril(scale, -1))))
-
-    def _scale(self) -> Array:
-        return jnp.tril(self.lower, -1) + jnp.diag(jnp.exp(self.log_diagonal))
-
-    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Array:
-        """loc + L z."""
-        return self.loc + jax.random.normal(key, (*shape, *self.loc.shape)) @ self._scale().T
-
-    def log_prob(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
-        """By the inverse of L, which is the same for all draws."""
-        inverse = inverse_of_lower(self._scale())
-        return -jnp.sum((inverse @ (x - self.loc)) ** 2 + np.log(2 * np.pi)) / 2 - jnp.sum(self.log_diagonal)
+#: of the bounds with several samples: as many as the ELBO has samples
+_NUM_REPLICATES = 8
 
 
 class Regression(eqx.Module):
@@ -86,7 +63,7 @@ class Regression(eqx.Module):
         """The exact one, of linear regression."""
         design, y = np.asarray(self.design, np.float64), np.asarray(self.y, np.float64)
         covariance = np.linalg.inv(np.eye(design.shape[1]) + design.T @ design / _NOISE**2)
-        return Gaussian.of(covariance @ design.T @ y / _NOISE**2, covariance)
+        return Gaussian.from_covariance(covariance @ design.T @ y / _NOISE**2, covariance)
 
 
 class LogProb(eqx.Module):
@@ -109,6 +86,18 @@ class Bound(eqx.Module):
         return self.objective(params, self.target, key, **dict(self.options))
 
 
+class Rule(NamedTuple):
+    """An objective; `num_replicates` is an option of those that are the mean of several bounds."""
+
+    objective: Callable
+    num_replicates: int | None = None
+
+    def bound(self, target: Any, options: tuple[tuple[str, int], ...]) -> Bound:
+        """The objective of a target, with options that all rules of a setting share."""
+        more = () if self.num_replicates is None else (("num_replicates", self.num_replicates),)
+        return Bound(self.objective, target, options + more)
+
+
 class Run(NamedTuple):
     """What is trained, by the last rule of its first setting, and the settings whose gradients are measured on the way.
 
@@ -118,7 +107,7 @@ class Run(NamedTuple):
     target_name: str
     start: Any
     target: Any
-    settings: dict[str, tuple[dict[str, Callable], tuple[tuple[str, int], ...]]]
+    settings: dict[str, tuple[dict[str, Rule], tuple[tuple[str, int], ...]]]
     exact: Any = None
 
 
@@ -150,9 +139,23 @@ def runs(key: PRNGKeyArray) -> list[Run]:
     """Three bases, each for a posterior outside its family and for one inside."""
     key_start, key_flow = jax.random.split(key)
     logistic, linear = _targets()
-    elbo = {"plain": objectives.elbo, "control variate": objectives.elbo_control_variate, "STL": objectives.elbo_stl}
-    iwae = {"plain": objectives.iwae, "STL (biased)": objectives.iwae_stl, "DReG": objectives.iwae_dreg}
-    davi = {"plain": objectives.davi, "STL (biased)": objectives.davi_stl, "DReG": objectives.davi_dreg}
+    elbo = {
+        "plain": Rule(objectives.elbo),
+        "control variate": Rule(objectives.elbo_control_variate),
+        "STL": Rule(objectives.elbo_stl),
+    }
+    iwae = {
+        "plain": Rule(objectives.iwae),
+        "control variate": Rule(objectives.iwae_control_variate, _NUM_REPLICATES),
+        "STL (biased)": Rule(objectives.iwae_stl),
+        "DReG": Rule(objectives.iwae_dreg),
+    }
+    davi = {
+        "plain": Rule(objectives.davi),
+        "control variate": Rule(objectives.davi_control_variate, _NUM_REPLICATES),
+        "STL (biased)": Rule(objectives.davi_stl),
+        "DReG": Rule(objectives.davi_dreg),
+    }
     gaussians = {
         "ELBO, full-rank Gaussian": (elbo, (("num_samples", 8),)),
         "IWAE S = 5": (iwae, (("num_samples", 5),)),
@@ -160,7 +163,7 @@ def runs(key: PRNGKeyArray) -> list[Run]:
     }
     flows = {"ELBO, coupling flow": (elbo, (("num_samples", 8),))}
     annealed = {"DAVI K = 5, S = 5": (davi, (("num_particles", 5),))}
-    prior, posterior = Gaussian.of(np.zeros(_DIMENSION), np.eye(_DIMENSION)), linear.posterior()
+    prior, posterior = Gaussian.from_covariance(np.zeros(_DIMENSION), np.eye(_DIMENSION)), linear.posterior()
     flow = coupling_flow(key_start, base_dist=StandardNormal((_DIMENSION,)), flow_layers=2, nn_width=16)
     # Another flow of the same kind.
     moved = jax.tree.map(
@@ -182,11 +185,13 @@ def runs(key: PRNGKeyArray) -> list[Run]:
 def measure(key: PRNGKeyArray, run: Run, num_iterations: int, num_keys: int) -> list[dict[str, Any]]:
     """One row for each setting, iterate and rule, with the moments of the gradient in the base.
 
-    The training is one run of `lehr.fit`, gone on with from its checkpoint after each iterate that is measured.
+    The variance of a mean of B bounds is given times B, and its signal-to-noise divided by sqrt(B): what one bound has,
+    as with the other rules. The training is one run of `lehr.fit`, gone on with from its checkpoint after each iterate
+    that is measured.
     """
     key_fit, key_measure = jax.random.split(key)
-    objective, options = next(iter(run.settings.values()))
-    trained_by = Bound(list(objective.values())[-1], run.target, options)
+    rules, options = next(iter(run.settings.values()))
+    trained_by = list(rules.values())[-1].bound(run.target, options)
     optimiser = optax.adam(optax.cosine_decay_schedule(0.03, num_iterations))
     iterates = [(0, False, run.start)]
     with tempfile.TemporaryDirectory() as folder:
@@ -201,11 +206,18 @@ def measure(key: PRNGKeyArray, run: Run, num_iterations: int, num_keys: int) -> 
     for i, (iteration, exact, params) in enumerate(iterates):
         keys = jax.random.split(jax.random.fold_in(key_measure, i), num_keys)
         for setting, (rules, options) in run.settings.items():
-            for rule, objective in rules.items():
-                moments = gradient_moments(Bound(objective, run.target, options), params, keys)
-                where = {"setting": setting, "target": run.target_name, "rule": rule}
-                rows.append(where | {"iteration": iteration, "exact": exact} | jax.tree.map(float, moments))
+            for name, rule in rules.items():
+                moments = jax.tree.map(float, gradient_moments(rule.bound(run.target, options), params, keys))
+                where = {"setting": setting, "target": run.target_name, "rule": name}
+                rows.append(where | {"iteration": iteration, "exact": exact} | _of_one_bound(moments, rule))
     return rows
+
+
+def _of_one_bound(moments: dict[str, float], rule: Rule) -> dict[str, float]:
+    """The moments of a mean of bounds, brought to one of them."""
+    b = rule.num_replicates or 1
+    scales = {"variance": b, "variance_error": b, "signal_to_noise": b**-0.5}
+    return {name: value * scales.get(name, 1) for name, value in moments.items()}
 
 
 @eqx.filter_jit
