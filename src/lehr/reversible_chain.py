@@ -5,7 +5,7 @@ numbers on a grid, what is added is rounded to it, and nothing is lost. Only the
 information, log2(1/gamma) bits a step, and these are kept (`whole_numbers.py`). The backward pass reconstructs each
 step from its end, and adds the adjoints of the step, in floats.
 
-Where a number leaves its grid, the grid is too coarse for a step, or
+Where a number leaves its grid, the grid is too coarse for a step, persistence is nearer to 0 or 1 than a fraction, or
 the reconstruction does not arrive at the start, the chain in floats takes the place of this one: for all particles at
 once, in a loop of no iterations or one, so that it costs nothing under `vmap` either.
 
@@ -149,7 +149,7 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
         return jax.lax.scan(step, carry, (rows, _noise(chains, trips, keys, rows, fixed, real)))
 
     groups = in_groups(stepped, _keys_of_groups(key_noise, chains.num_steps))
-    fits = _fit(x, u) & _resolved(inputs.rates, x_unit)
+    fits = _fit(x, u) & _resolved(inputs.rates, x_unit) & jnp.all(whole_numbers.is_near(inputs.rates.gamma))
     carry = (start, buffer, zeros, zeros, fits & ~plan.overflows)
     (end, buffer, total, lost, fits), _ = scan_groups(group, carry, *groups)
 
