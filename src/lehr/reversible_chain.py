@@ -75,8 +75,9 @@ class Row(NamedTuple):
 
     beta: Any
     rates: Rates
-    #: factors to whole numbers: of the momentum (but for the unit of the position), of the gradient and of the noise
+    #: factors to whole numbers: of the momentum (h/2 times its unit, per unit of positions), the gradient and the noise
     drift: Any
+    per_unit: Float[Array, " dim"]
     kick: Any
     spread: Any
     fraction: Fraction
@@ -121,7 +122,7 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     trips = whole_numbers.one_at_run_time(inputs)
     x_unit = _unit_of_positions(inputs)
     plan = _plan(chains, fraction)
-    stepped, fixed = _rows(inputs, fraction, plan, unit, trips)
+    stepped, fixed = _rows(inputs, fraction, plan, (x_unit, unit), trips)
     x, u = jnp.rint(inputs.x / x_unit), jnp.rint(jax.vmap(chains.momentum)(key_momentum, inputs.x) / unit)
     x_whole, u_whole = whole_numbers.pinned(trips, (x.astype(whole), u.astype(whole)))
     start = State(x_whole, u_whole, jnp.zeros(x.shape, jnp.uint32))
@@ -131,11 +132,11 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     def step(carry, inputs_of_step):
         (x, u, head), buffer, total, lost, fits = carry
         row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
-        first = _drift(u, row, x_unit)
+        first = _drift(u, row, real)
         half = x + first.astype(whole)
         kick = _kick(chains, trips, x_unit, half, row, seen)
         kicked = u + kick.astype(whole)
-        last = _drift(kicked, row, x_unit)
+        last = _drift(kicked, row, real)
         # log N(after) - log N(before), as a product: squares would cancel
         log_ratio = -jnp.sum((kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit), axis=1) / 2
         buffer, head = whole_numbers.push(buffer, head, row.push, row.slot)
@@ -194,10 +195,10 @@ def _backwards(
         # What `_forwards` did, from its end to its start.
         kicked, head = whole_numbers.divide(state.u - noise, state.head, row.fraction)
         head = whole_numbers.pop(kept.buffer, head, row.push, row.slot)
-        half = state.x - _drift(kicked, row, x_unit).astype(whole)
+        half = state.x - _drift(kicked, row, real).astype(whole)
         kick = _kick(chains, trips, x_unit, half, row, inputs.seen)
         u = kicked - kick.astype(whole)
-        start = State(half - _drift(u, row, x_unit).astype(whole), u, head)
+        start = State(half - _drift(u, row, real).astype(whole), u, head)
         # And its adjoints, of  u' = gamma u_hat + spread xi,  x' = x_half + (h/2) u_hat,
         before, after, rates = u.astype(real) * unit, kicked.astype(real) * unit, row.rates
         of_gamma, of_spread = of_u * after, of_u * (noise.astype(real) * unit / rates.spread)
@@ -276,10 +277,10 @@ def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Arra
     return jax.vmap(chain)(keys, inputs.x)
 
 
-def _drift(u: Array, row: Row, x_unit: Array) -> Array:
+def _drift(u: Array, row: Row, real: Any) -> Array:
     """h/2 u, rounded, in units of the grid."""
-    # A division by a power of two is exact, and may be fused with anything.
-    return jnp.rint(u.astype(x_unit.dtype) * row.drift * (1 / x_unit))
+    # The last factor is a power of two: its product is exact, and may be fused with anything.
+    return jnp.rint(u.astype(real) * row.drift * row.per_unit)
 
 
 def _kick(chains: Chains, trips: Array, x_unit: Array, x: Array, row: Row, seen: tuple[Any, ...]) -> Array:
@@ -314,11 +315,14 @@ def _plan(chains: Chains, fraction: Fraction) -> whole_numbers.Plan:
     return whole_numbers.plan(fraction_of, chains.num_steps, chains.num_rows)
 
 
-def _rows(inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, unit: float, trips: Array) -> tuple[Row, Row]:
+def _rows(
+    inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, units: tuple[Array, float], trips: Array
+) -> tuple[Row, Row]:
     """All steps, divided into what differs by step and what does not."""
+    x_unit, unit = units
     h, _, spread = inputs.rates
     beta, drift, kick, spread = whole_numbers.pinned(trips, (inputs.betas, h / 2 * unit, h / unit, spread / unit))
-    row = Row(beta, inputs.rates, drift, kick, spread, fraction, plan.push, plan.row)
+    row = Row(beta, inputs.rates, drift, 1 / x_unit, kick, spread, fraction, plan.push, plan.row)
     by_step = jax.tree.map(lambda leaf: leaf.ndim == 2, row)._replace(beta=True, push=True, slot=True)
     return eqx.partition(row, by_step)
 
