@@ -57,20 +57,26 @@ def anneal(
         num_particles: N.
         memory: what the gradient keeps of an uncorrected chain. "store": every step. "checkpoint": of order sqrt(K)
             steps, for one more run of the chain. "reversible": the bits that persistence g loses, log2(1/g) a
-            parameter and step, and no step; for `Hamiltonian` with one leapfrog and g in (0, 1), see `Reversible`.
+            parameter and step, and no step; for `Hamiltonian` with one leapfrog and g from 1/1024 to 1023/1024. Inside
+            of `jax.jit` or a gradient (and so of `lehr.fit`) g has no value when that is decided, and at least 0.89 is
+            assumed: where g may go down to 0.7, give `lehr.Reversible(0.7)`. For a smaller g every call is right, but
+            takes the chain in floats after the other, and its memory and time.
 
     Returns weighted particles: positions `(N, dim)`, log weights `(N,)`, acceptance by step `(K,)` for exact kernels.
 
     **Gradient**: exact (reparameterised) for base, schedule, kernel and target with uncorrected kernels, and the same
     for every `memory` up to rounding; raises `TypeError` through `Metropolis`, for which `memory` means nothing.
-    "reversible" rounds positions and momenta to about the precision of their type, and g to the nearest n/d with d up
-    to 128 (with the gradient of g itself); its values are those of the rounded chain, and its gradient, in reverse mode
-    only, is along that chain, exactly reconstructed. Where positions or momenta leave the range of its numbers, value
-    and gradient are those of the chain in floats. Under an outer `jax.vmap` it holds adjoints of parameters that are
-    shared for each row: for networks prefer "checkpoint" there.
+    "reversible" rounds positions (in each dimension) and momenta to about the precision of their type, and g to the
+    nearest n/d with d up to 128, or to 1/d or 1 - 1/d with d up to 1024 nearer to 0 or 1 (with the gradient of g
+    itself); its values are those of the rounded chain, and its gradient, in reverse mode only, is along that chain,
+    exactly reconstructed. Where positions or momenta leave the range of its numbers, a step drifts by fewer than a
+    thousand units of them, or g is beyond 1/1024 or 1023/1024, value and gradient are those of the chain in floats.
+    Under an outer `jax.vmap` it holds adjoints of parameters that are shared for each row: for networks prefer
+    "checkpoint" there.
 
     Raises `lehr.errors.InputError` for shapes that do not fit, fewer than one particle, an unknown `memory`, or a
-    kernel that is not reversible where that is asked for.
+    kernel that is not reversible (of those with a learned reverse none is), or whose persistence is beyond 1/1024 or
+    1023/1024, where "reversible" is asked for.
 
     Source: Neal 2001; Zhang, Hsu, Li, Finn, Grosse 2021, equation (12); Sohl-Dickstein, Culpepper 2012.
     """

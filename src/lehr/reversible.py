@@ -24,7 +24,7 @@ class Reversible:
     """`memory=lehr.Reversible(0.5)`: the reversible gradient for persistence of at least 0.5.
 
     What a program keeps is decided when it is compiled; `memory="reversible"` looks at the persistence if it has a
-    value then, and else (inside of a user's `jax.jit`) takes 0.89.
+    value then, and else (inside of a user's `jax.jit`, of a gradient, of `lehr.fit`) takes 0.89.
 
     Arguments:
         smallest_persistence: inside (0, 1). The gradient keeps log2(1 / smallest_persistence) bits a parameter and
@@ -48,7 +48,7 @@ _USE = 'use memory="checkpoint"'
 def memory_of(memory: Any, kernel: AbstractKernel) -> Literal["store", "checkpoint"] | Reversible:
     """What `memory` comes to for this kernel. (It means nothing to exact ones, which have no gradient.)
 
-    Raises `InputError` for an unknown `memory`, and for "reversible" with a kernel that loses too much.
+    Raises `InputError` for an unknown `memory`, and for "reversible" with a kernel that cannot be, or loses too much.
     """
     if memory not in ("store", "checkpoint", "reversible") and not isinstance(memory, Reversible):
         raise InputError(f'memory must be "store", "checkpoint" or "reversible", but it is {memory!r}')
@@ -62,9 +62,19 @@ def memory_of(memory: Any, kernel: AbstractKernel) -> Literal["store", "checkpoi
         raise InputError(f'memory="reversible" needs num_leapfrog=1, but it is {kernel.num_leapfrog}: {_USE}')
     if kernel.logit_persistence is None:
         raise InputError(f'memory="reversible" needs a persistence above 0, which loses bits but not all: {_USE}')
-    if isinstance(memory, Reversible) or not is_concrete(kernel.logit_persistence):
+    if not is_concrete(kernel.logit_persistence):
         return memory if isinstance(memory, Reversible) else Reversible()
-    smallest = float(np.min(1 / (1 + np.exp(-np.asarray(kernel.logit_persistence, np.float64)))))
+    persistence = 1 / (1 + np.exp(-np.asarray(kernel.logit_persistence, np.float64)))
+    smallest, last = float(np.min(persistence)), whole_numbers.LARGEST_AT_ENDS
+    with jax.ensure_compile_time_eval():
+        near = np.asarray(whole_numbers.is_near(jnp.asarray(persistence)))
+    if not np.all(near):
+        far = persistence[~near].flat[0]
+        raise InputError(
+            f'memory="reversible" needs a persistence from 1/{last} to {last - 1}/{last}, but it is {far:.6g}: {_USE}'
+        )
+    if isinstance(memory, Reversible):
+        return memory
     # In steps of an eighth of the bits, so that a persistence in training seldom asks for another compilation.
     bits = 2 ** (np.ceil(8 * np.log2(np.log2(1 / smallest)) + 1e-3) / 8)
     return Reversible(float(2.0**-bits))
@@ -90,8 +100,9 @@ def anneal_reversibly(
     kernel.split_steps(num_steps, x.shape[1])
     gamma = kernel.persistence
     fraction = whole_numbers.nearest_fraction(gamma, jnp.int32)
-    # Straight through: the value is the fraction's, the gradient the persistence's.
-    gamma = fraction.value(x.dtype) + gamma - jax.lax.stop_gradient(gamma)
+    # Straight through: the value is the fraction's, if it is near, and the gradient the persistence's.
+    value = jnp.where(whole_numbers.is_near(gamma), fraction.value(x.dtype), gamma)
+    gamma = jax.lax.stop_gradient(value) + (gamma - jax.lax.stop_gradient(gamma))
     rates = Rates(kernel.h, gamma, jnp.sqrt((1 - gamma) * (1 + gamma)))
 
     def log_density(x, beta):

@@ -5,8 +5,9 @@ numbers on a grid, what is added is rounded to it, and nothing is lost. Only the
 information, log2(1/gamma) bits a step, and these are kept (`whole_numbers.py`). The backward pass reconstructs each
 step from its end, and adds the adjoints of the step, in floats.
 
-Where a number leaves its grid, or the reconstruction does not arrive at the start, the chain in floats takes the place
-of this one: for all particles at once, in a loop of no iterations or one, so that it costs nothing under `vmap` either.
+Where a number leaves its grid, the grid is too coarse for a step, persistence is nearer to 0 or 1 than a fraction, or
+the reconstruction does not arrive at the start, the chain in floats takes the place of this one: for all particles at
+once, in a loop of no iterations or one, so that it costs nothing under `vmap` either.
 
 Source: Maclaurin, Duvenaud, Adams 2015, section 3; Zhang, Hsu, Li, Finn, Grosse 2021, section 3.2.
 """
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -75,8 +75,9 @@ class Row(NamedTuple):
 
     beta: Any
     rates: Rates
-    #: factors to whole numbers: of the momentum, of the gradient and of the noise
+    #: factors to whole numbers: of the momentum (h/2 times its unit, per unit of positions), the gradient and the noise
     drift: Any
+    per_unit: Float[Array, " dim"]
     kick: Any
     spread: Any
     fraction: Fraction
@@ -91,7 +92,7 @@ class Kept(NamedTuple):
     inputs: Inputs
     stepped: Row
     fixed: Row
-    x_unit: Array
+    x_unit: Float[Array, " dim"]
     trips: Int[Array, ""]
     start: State
     end: State
@@ -119,9 +120,9 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     real, seen = inputs.x.dtype, inputs.seen
     whole, unit = _grid(real)
     trips = whole_numbers.one_at_run_time(inputs)
-    x_unit = _unit_of_positions(inputs.x, unit)
+    x_unit = _unit_of_positions(inputs)
     plan = _plan(chains, fraction)
-    stepped, fixed = _rows(inputs, fraction, plan, x_unit, unit, trips)
+    stepped, fixed = _rows(inputs, fraction, plan, (x_unit, unit), trips)
     x, u = jnp.rint(inputs.x / x_unit), jnp.rint(jax.vmap(chains.momentum)(key_momentum, inputs.x) / unit)
     x_whole, u_whole = whole_numbers.pinned(trips, (x.astype(whole), u.astype(whole)))
     start = State(x_whole, u_whole, jnp.zeros(x.shape, jnp.uint32))
@@ -131,11 +132,11 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     def step(carry, inputs_of_step):
         (x, u, head), buffer, total, lost, fits = carry
         row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
-        first = jnp.rint(u.astype(real) * row.drift)
+        first = _drift(u, row, real)
         half = x + first.astype(whole)
         kick = _kick(chains, trips, x_unit, half, row, seen)
         kicked = u + kick.astype(whole)
-        last = jnp.rint(kicked.astype(real) * row.drift)
+        last = _drift(kicked, row, real)
         # log N(after) - log N(before), as a product: squares would cancel
         log_ratio = -jnp.sum((kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit), axis=1) / 2
         buffer, head = whole_numbers.push(buffer, head, row.push, row.slot)
@@ -149,7 +150,8 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
         return jax.lax.scan(step, carry, (rows, _noise(chains, trips, keys, rows, fixed, real)))
 
     groups = in_groups(stepped, _keys_of_groups(key_noise, chains.num_steps))
-    carry = (start, buffer, zeros, zeros, _fit(x, u) & ~plan.overflows)
+    fits = _fit(x, u) & _resolved(inputs.rates, x_unit) & jnp.all(whole_numbers.is_near(inputs.rates.gamma))
+    carry = (start, buffer, zeros, zeros, fits & ~plan.overflows)
     (end, buffer, total, lost, fits), _ = scan_groups(group, carry, *groups)
 
     def instead(_):
@@ -193,10 +195,10 @@ def _backwards(
         # What `_forwards` did, from its end to its start.
         kicked, head = whole_numbers.divide(state.u - noise, state.head, row.fraction)
         head = whole_numbers.pop(kept.buffer, head, row.push, row.slot)
-        half = state.x - jnp.rint(kicked.astype(real) * row.drift).astype(whole)
+        half = state.x - _drift(kicked, row, real).astype(whole)
         kick = _kick(chains, trips, x_unit, half, row, inputs.seen)
         u = kicked - kick.astype(whole)
-        start = State(half - jnp.rint(u.astype(real) * row.drift).astype(whole), u, head)
+        start = State(half - _drift(u, row, real).astype(whole), u, head)
         # And its adjoints, of  u' = gamma u_hat + spread xi,  x' = x_half + (h/2) u_hat,
         before, after, rates = u.astype(real) * unit, kicked.astype(real) * unit, row.rates
         of_gamma, of_spread = of_u * after, of_u * (noise.astype(real) * unit / rates.spread)
@@ -275,6 +277,12 @@ def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Arra
     return jax.vmap(chain)(keys, inputs.x)
 
 
+def _drift(u: Array, row: Row, real: Any) -> Array:
+    """h/2 u, rounded, in units of the grid."""
+    # The last factor is a power of two: its product is exact, and may be fused with anything.
+    return jnp.rint(u.astype(real) * row.drift * row.per_unit)
+
+
 def _kick(chains: Chains, trips: Array, x_unit: Array, x: Array, row: Row, seen: tuple[Any, ...]) -> Array:
     """h grad log f, rounded, in units of the grid."""
 
@@ -308,14 +316,13 @@ def _plan(chains: Chains, fraction: Fraction) -> whole_numbers.Plan:
 
 
 def _rows(
-    inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, x_unit: Array, unit: float, trips: Array
+    inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, units: tuple[Array, float], trips: Array
 ) -> tuple[Row, Row]:
     """All steps, divided into what differs by step and what does not."""
+    x_unit, unit = units
     h, _, spread = inputs.rates
-    beta, drift, kick, spread = whole_numbers.pinned(
-        trips, (inputs.betas, h / 2 * (unit / x_unit), h / unit, spread / unit)
-    )
-    row = Row(beta, inputs.rates, drift, kick, spread, fraction, plan.push, plan.row)
+    beta, drift, kick, spread = whole_numbers.pinned(trips, (inputs.betas, h / 2 * unit, h / unit, spread / unit))
+    row = Row(beta, inputs.rates, drift, 1 / x_unit, kick, spread, fraction, plan.push, plan.row)
     by_step = jax.tree.map(lambda leaf: leaf.ndim == 2, row)._replace(beta=True, push=True, slot=True)
     return eqx.partition(row, by_step)
 
@@ -324,11 +331,26 @@ def _by_step(rates: Rates) -> Rates:
     return Rates(*(leaf.ndim == 2 for leaf in rates))
 
 
-def _unit_of_positions(x: Array, unit: float) -> Array:
-    """The grid of positions: coarser, by a power of two, where they start farther out than 1."""
-    powers = 2.0 ** np.arange(64)
-    exponent = jnp.searchsorted(jnp.asarray(powers, x.dtype), jnp.max(jnp.abs(x)))
-    return jnp.asarray(powers * unit, x.dtype)[jnp.minimum(exponent, 63)]
+def _unit_of_positions(inputs: Inputs) -> Float[Array, " dim"]:
+    """The grid of positions, in each dimension a power of two.
+
+    Its range is 16 times the farthest start, or what a momentum of one drifts in 1024 of the longest steps, if that is
+    more. A unit then is less than what a float of the start's size can resolve, or 2^-18 of the drift in a step.
+    """
+    real = inputs.x.dtype
+    longest = jnp.max(inputs.rates.h.reshape(-1, inputs.rates.h.shape[-1] if inputs.rates.h.ndim else 1), axis=0)
+    reach = jnp.maximum(16 * jnp.max(jnp.abs(inputs.x), axis=0), 1024 * longest)
+    # Small enough that nothing underflows; such a drift is not resolved.
+    reach = jnp.maximum(reach, jnp.asarray(2.0**-60, real))
+    # Without the bits of its fraction a float is the power of two at or below it.
+    words, exponent = (jnp.uint64, 0x7FF << 52) if real == jnp.float64 else (jnp.uint32, 0xFF << 23)
+    power = jax.lax.bitcast_convert_type(reach, words) & jnp.asarray(exponent, words)
+    return jax.lax.bitcast_convert_type(power, real) * (2 / _limit(real))
+
+
+def _resolved(rates: Rates, x_unit: Array) -> Bool[Array, ""]:
+    """Whether a momentum of one drifts by many units in every step, so that rounding does not change the chain."""
+    return jnp.all(rates.h / 2 >= (2.0**24 if x_unit.dtype == jnp.float64 else 2.0**10) * x_unit)
 
 
 def _grid(real: Any) -> tuple[Any, float]:
@@ -336,12 +358,17 @@ def _grid(real: Any) -> tuple[Any, float]:
     return (jnp.int64, 2.0**-52) if real == jnp.float64 else (jnp.int32, 2.0**-24)
 
 
+def _limit(dtype: Any) -> float:
+    """The sum of two numbers below it is in range."""
+    return 2.0 ** (62 if dtype in (jnp.float64, jnp.int64) else 30)
+
+
 def _fit(*numbers: Array) -> Bool[Array, ""]:
     """Whether all are so small that the sum of two is in range: it would wrap without a word. False for NaN."""
 
     def fits(a):
-        limit = 2 ** (62 if a.dtype in (jnp.float64, jnp.int64) else 30)
-        return (a < jnp.asarray(limit, a.dtype)) & (a > jnp.asarray(-limit, a.dtype))
+        limit = jnp.asarray(_limit(a.dtype), a.dtype)
+        return (a < limit) & (a > -limit)
 
     # elementwise first: one reduction in all
     return jnp.all(functools.reduce(jnp.logical_and, map(fits, numbers)))

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-#: A head has 32 bits, hands on 16 of them, and must hold what is left times d. Small d leave least to chance.
-LARGEST_DENOMINATOR = 128
+#: A product is off by up to n units, so that small n and d are best; as gamma nears an end, 1/d or 1 - 1/d takes larger
+#: d. A head has 32 bits, hands on 16 of them, and holds what is left times d: that would allow d up to 2^15.
+LARGEST_DENOMINATOR, LARGEST_AT_ENDS = 128, 1024
 _PUSHED = 16
 
 
@@ -37,12 +38,25 @@ class Fraction(NamedTuple):
 
 
 def nearest_fraction(gamma: Float[Array, "*shape"], dtype: Any) -> Fraction:
-    """The n/d nearest to gamma in (0, 1) with 1 <= n < d <= `LARGEST_DENOMINATOR`, of all such the smallest d."""
+    """The n/d nearest to gamma in (0, 1) with 1 <= n < d <= `LARGEST_DENOMINATOR`, of all such the smallest d.
+
+    Where gamma is nearer to 0 or 1 than all of these, 1/d or 1 - 1/d with d <= `LARGEST_AT_ENDS`. So 1 - gamma
+    is off by at most 1/128 of it, and gamma likewise, except beyond 1/1024 and 1023/1024: see `is_near`.
+    """
     d = jnp.arange(2, LARGEST_DENOMINATOR + 1, dtype=dtype)
     n = jnp.clip(jnp.rint(gamma[..., None] * d).astype(dtype), 1, d - 1)
     # Equal fractions must not differ in the last bit: 9/10 and 18/20.
     best = jnp.argmin(jnp.rint(jnp.abs(n / d - gamma[..., None]) * 2**20), axis=-1)
-    return Fraction(jnp.take_along_axis(n, best[..., None], -1)[..., 0], d[best])
+    to_end = jnp.minimum(gamma, 1 - gamma)
+    at_end = jnp.clip(jnp.rint(1 / to_end), 2, LARGEST_AT_ENDS).astype(dtype)
+    beyond = to_end < 1 / LARGEST_DENOMINATOR
+    n = jnp.where(beyond, jnp.where(gamma < 0.5, 1, at_end - 1), jnp.take_along_axis(n, best[..., None], -1)[..., 0])
+    return Fraction(n, jnp.where(beyond, at_end, d[best]))
+
+
+def is_near(gamma: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Whether `nearest_fraction` is near to gamma, and not at the end of its range. False for NaN."""
+    return jnp.minimum(gamma, 1 - gamma) * (LARGEST_AT_ENDS + 0.5) > 1
 
 
 def multiply(u: Int[Array, "..."], head: UInt[Array, "..."], by: Fraction) -> tuple[Array, Array]:
@@ -86,10 +100,17 @@ def plan(fractions: Callable[[int | Array], Fraction], num_steps: int, num_rows:
 
 
 def rows_of_buffer(num_steps: int, smallest_persistence: float) -> int:
-    """How often the heads hand on bits in `num_steps` steps, at most."""
-    # A head that has just handed on bits is at least 2^9, so that rounding adds less than what 0.1 % more steps would.
-    bits = 1.001 * num_steps * math.log2(1 / smallest_persistence)
-    return max(1, math.ceil((bits - 24) / _PUSHED))
+    """How often the heads hand on bits in `num_steps` steps of this persistence, at most."""
+    with jax.ensure_compile_time_eval():
+        n, d = map(int, nearest_fraction(jnp.asarray(smallest_persistence), jnp.int32))
+    # A step takes a bound b of the heads to b' <= (b d + d - 1)/n, so that with c = d/(d - n)
+    #     b' + c <= (d/n) (b + c):
+    # log2(b + c) rises by at most log2(d/n) a step, from log2(c). It falls when bits are handed on, from b > 2^32/d - 1
+    # to b/2^16, by at least `fall`, and ends at least where the last fall did.
+    high, c = 2.0**32 / max(d, LARGEST_DENOMINATOR) - 1, d / (d - n)
+    low = high / 2**_PUSHED
+    fall = math.log2((high + c) / (low + c))
+    return max(1, math.floor((num_steps * math.log2(d / n) - math.log2((low + c) / c)) / fall))
 
 
 def empty_buffer(num_rows: int, shape: tuple[int, ...]) -> UInt[Array, "num_rows *shape"]:
@@ -136,5 +157,6 @@ def pinned(trips: Int[Array, ""], tree: Any) -> Any:
 
 def one_at_run_time(tree: Any) -> Int[Array, ""]:
     """The number one, which no compiler can know before it sees the values in `tree`."""
-    first = [jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
+    first = [jnp.ravel(leaf)[0] for leaf in floats]
     return 1 + (sum(first[1:], first[0]) == 0.7310585786).astype(jnp.int32)

@@ -23,7 +23,7 @@ from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws
 from lehr.path import LogDensity, Problem
-from lehr.reversible import Memory
+from lehr.reversible import Memory, memory_of
 from lehr.weighted import log_mean_exp
 
 
@@ -133,10 +133,19 @@ def davi_dreg(
     Source: Tucker, Lawson, Gu, Maddison 2019, equation (8), for the chain as a function of x_0: docs/gradients.md.
     """
     refuse_exact(annealer)
+    # While the persistence may have a value to look at.
+    memory = memory_of(memory, annealer.kernel)
     keys, x = base_draws(key, annealer.base, num_particles)
-    return _doubly_reparameterised(
-        lambda parts, x: _path_annealed_log_weights(parts[0], parts[1], keys, x, memory), (annealer, log_target), x
-    )
+    # What the target closes over is differentiated as its leaves are: a gradient taken here must not be differentiated
+    # once more on the way to it.
+    leaves, rest = eqx.partition(log_target, eqx.is_inexact_array)
+    target, seen = jax.closure_convert(lambda leaves, x: eqx.combine(leaves, rest)(x), leaves, x[0])
+
+    def log_weights(parts: Any, x: Array) -> Array:
+        annealer, leaves, seen = parts
+        return _path_annealed_log_weights(annealer, lambda x: target(leaves, x, *seen), keys, x, memory)
+
+    return _doubly_reparameterised(log_weights, (annealer, leaves, seen), x)
 
 
 def _path_log_weights(base: Any, log_target: LogDensity, x: Float[Array, "n dim"]) -> Float[Array, " n"]:
