@@ -1,7 +1,7 @@
 """The bound against the number of gradients, from the base that others use and from lehr's own, beside their numbers.
 
     python -m benchmarks.published [--targets brownian ...] [--methods ULA MCD UHA LDVI best] [--gradients 8 16 ...]
-        [--seeds 3] [--iterations 2000] [--json published.json] [--plot published.png]
+        [--seeds 3] [--iterations 2000] [--json published.json] [--plot published.png] [--show]
 
 Each method starts from the mean-field Gaussian that maximises its own bound (the same for all four), is tuned
 (`lehr.tune`), and trained (`lehr.fit`): base, schedule, step sizes by step and dimension, persistence, and the reverse
@@ -311,12 +311,13 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=2000, help="of training, for each row")
     parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
     parser.add_argument("--plot", type=Path, help="a PNG of the gaps")
+    parser.add_argument("--show", action="store_true", help="measure nothing: show what is in the file")
     options = parser.parse_args()
 
     console = Console()
     console.width = max(console.width, 170)
     rows = Rows(options.json, ("target", "method", "gradients", "seed", "iterations"))
-    for name in options.targets:
+    for name in options.targets if not options.show else []:
         for method in options.methods:
             bases: dict[int, tuple[Problem, str, int]] = {}
             for k in options.gradients:
