@@ -33,6 +33,7 @@ import optax
 from flowjax.bijections import Affine, TriangularAffine
 from flowjax.distributions import Normal, StandardNormal
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from paramax import non_trainable, unwrap
 from rich.console import Console
 from rich.table import Column, Table
@@ -280,15 +281,18 @@ def show(console: Console, rows: Rows, names: list[str], gradients: list[int]) -
 def draw(path: Path, rows: Rows, names: list[str]) -> None:
     """The gap against the number of gradients, a panel a target: lehr solid, published dashed."""
     colours = {method: f"C{i}" for i, method in enumerate((*METHODS, "CMCD", "CMCD-UHA"))}
-    figure = Figure(figsize=(3.6 * len(names), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes[0], names):
+    num_columns = min(3, len(names) + 1)
+    num_rows = -(-(len(names) + 1) // num_columns)  # one panel more, for the legend
+    figure = Figure(figsize=(4.2 * num_columns, 3.8 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axis, name in zip(axes, names):
         truth = target(name).log_evidence
         for method in METHODS:
             mine = [row for row in rows.rows if (row["target"], row["method"]) == (name, method)]
             ks = sorted({row["gradients"] for row in mine})
             gaps = [truth - np.mean([row["bound"] for row in mine if row["gradients"] == k]) for k in ks]
-            axis.plot(ks, np.maximum(gaps, 1e-3), "o-", ms=4, color=colours[method], label=f"lehr {method}")
+            if ks:
+                axis.plot(ks, np.maximum(gaps, 1e-3), "o-", ms=4, color=colours[method], label=f"lehr {method}")
         for (of, method), values in PUBLISHED.items():
             shown = [(k, truth - v) for k, v in zip(GRADIENTS, values) if of == name and v is not None]
             if shown:
@@ -296,9 +300,13 @@ def draw(path: Path, rows: Rows, names: list[str]) -> None:
         axis.set(title=name, xlabel="gradients a chain (published: steps)", xscale="log", yscale="log")
         axis.set_xticks(GRADIENTS, [str(k) for k in GRADIENTS])
         axis.minorticks_off()
-    axes[0, 0].set_ylabel("log Z - bound (nats)")
-    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=2 * len(names), frameon=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_ylabel("log Z - bound (nats)")
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    entries = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    axes[len(names)].legend(entries.values(), entries, loc="center", frameon=False)
     figure.savefig(path, dpi=150)
 
 
