@@ -17,8 +17,7 @@ if a limit is missed. A peer that is not installed is left out.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from json import dumps
+from dataclasses import dataclass
 from pathlib import Path
 
 import equinox as eqx
@@ -43,6 +42,7 @@ from benchmarks.speed import (
     machine,
     time_rounds,
     vae_posterior,
+    verdict,
 )
 
 #: of the gradient that repeats nothing, per step
@@ -128,14 +128,7 @@ def main(quick: bool = False, json: Path | None = None) -> int:
     console.print(table)
     for c in claims:
         console.print(f"{c.density}: {c.ratio} {c.measured:.2f}, limit {c.limit}: {'pass' if c.holds else 'FAIL'}")
-    if json is not None:
-        results = {
-            "machine": facts,
-            "timings": [asdict(timing) for timing in timings],
-            "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims],
-        }
-        json.write_text(dumps(results, indent=2) + "\n")
-    return 0 if all(claim.holds for claim in claims) else 1
+    return verdict(json, {"machine": facts, "timings": timings}, claims)
 
 
 if __name__ == "__main__":

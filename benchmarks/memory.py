@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import lehr
-from benchmarks.speed import Bernoulli, Claim, linear, machine
+from benchmarks.speed import Bernoulli, Claim, linear, machine, verdict
 from lehr.annealing import base_draws, prepare
 from lehr.vae.model import VAE, DiagonalGaussian
 from lehr.weighted import log_mean_exp
@@ -258,14 +258,7 @@ def main(
                 rows += measure(task, num_steps, rounds, limit)
     claims = claims_of(rows)
     show(rows, claims, console)
-    if json is not None:
-        results = {
-            "machine": facts,
-            "measured": [asdict(row) for row in rows],
-            "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims],
-        }
-        json.write_text(dumps(results, indent=2) + "\n")
-    return 0 if all(claim.holds for claim in claims) else 1
+    return verdict(json, {"machine": facts, "measured": rows}, claims)
 
 
 if __name__ == "__main__":

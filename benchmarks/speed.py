@@ -321,6 +321,14 @@ def show(timings: list[Timing], claims: list[Claim], console: Console) -> None:
     console.print(table)
 
 
+def verdict(json: Path | None, results: dict[str, Any], claims: list[Claim]) -> int:
+    """The exit code: 0 if all claims hold. Writes the results and the claims to a file, if there is one."""
+    if json is not None:
+        results = results | {"claims": [{**asdict(claim), "holds": claim.holds} for claim in claims]}
+        json.write_text(dumps(results, indent=2, default=asdict) + "\n")
+    return 0 if all(claim.holds for claim in claims) else 1
+
+
 def main(quick: bool = False, json: Path | None = None) -> int:
     """Runs the benchmark.
 
@@ -346,14 +354,7 @@ def main(quick: bool = False, json: Path | None = None) -> int:
         timings += more_timings
         claims += more_claims
     show(timings, claims, console)
-    if json is not None:
-        results = {
-            "machine": facts,
-            "timings": [asdict(timing) for timing in timings],
-            "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims],
-        }
-        json.write_text(dumps(results, indent=2) + "\n")
-    return 0 if all(claim.holds for claim in claims) else 1
+    return verdict(json, {"machine": facts, "timings": timings}, claims)
 
 
 if __name__ == "__main__":
