@@ -62,13 +62,12 @@ def test_every_way_to_run_a_chain_takes_it(key):
     assert tuned.kernel.step_size.shape == (4, 1)
 
 
-def test_it_is_trained(key):
+def test_steps_that_hardly_move_want_to_be_larger_at_both_ends(key):
     kernel = lehr.Langevin(lehr.AffineInBeta(0.05, 0.05))
     start = lehr.Annealer(targets.base_2d(), lehr.Schedule.linear(4), kernel)
     target = targets.mixture_2d()
     gradient = jax.jit(jax.grad(lambda a: objectives.davi(a, target, key, num_particles=200)))(start)
     step_size = gradient.kernel.log_step_size
-    # From steps that hardly move both ends want larger ones.
     assert step_size.log_at_base > 0
     assert step_size.log_at_target > 0
 

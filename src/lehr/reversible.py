@@ -16,7 +16,8 @@ from lehr.kernels.contract import AbstractKernel
 from lehr.kernels.hamiltonian import Hamiltonian
 from lehr.numerics import is_concrete
 from lehr.path import Problem, Schedule
-from lehr.reversible_chain import Chains, Inputs, Rates, run
+from lehr.reversible_chain import run
+from lehr.reversible_step import Chains, Inputs, Rates
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ Source: Maclaurin, Duvenaud, Adams 2015, section 3; Zhang, Hsu, Li, Finn, Grosse
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -25,41 +24,23 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from lehr import whole_numbers
 from lehr.chunked_scan import group_keys, in_groups, scan_groups, scan_with_noise
 from lehr.numerics import compensated_add
+from lehr.reversible_step import (
+    Chains,
+    Inputs,
+    Rates,
+    Row,
+    differ_by_step,
+    grid_of,
+    in_range,
+    plan_of_buffer,
+    resolved,
+    rounded_drift,
+    rounded_kick,
+    rounded_noise,
+    rows_of_steps,
+    unit_of_positions,
+)
 from lehr.whole_numbers import Fraction
-
-
-class Chains(NamedTuple):
-    """What is known before the chains run."""
-
-    #: (x, beta, *seen) -> log f_beta(x), which closes over nothing
-    log_density: Callable[..., Array]
-    #: (key, x) -> the momentum to start with
-    momentum: Callable[[Array, Array], Array]
-    #: (key, num_steps) -> the noise of that many steps
-    noise: Callable[[Array, int], Array]
-    num_steps: int
-    #: rows of the buffer of bits
-    num_rows: int
-
-
-class Rates(NamedTuple):
-    """Parameters of a step; those with two axes have one row per step."""
-
-    #: step size over momentum scale
-    h: Any
-    #: persistence, and sqrt(1 - persistence^2)
-    gamma: Any
-    spread: Any
-
-
-class Inputs(NamedTuple):
-    """What is differentiated."""
-
-    x: Float[Array, "num_particles dim"]
-    betas: Float[Array, " num_steps"]
-    rates: Rates
-    #: what the density sees besides x and beta
-    seen: tuple[Any, ...]
 
 
 class State(NamedTuple):
@@ -68,21 +49,6 @@ class State(NamedTuple):
     x: Int[Array, "num_particles dim"]
     u: Int[Array, "num_particles dim"]
     head: UInt[Array, "num_particles dim"]
-
-
-class Row(NamedTuple):
-    """A step, or with a leading axis all of them. Both directions must see the same bits: computed once, and kept."""
-
-    beta: Any
-    rates: Rates
-    #: factors to whole numbers: of the momentum (h/2 times its unit, per unit of positions), the gradient and the noise
-    drift: Any
-    per_unit: Float[Array, " dim"]
-    kick: Any
-    spread: Any
-    fraction: Fraction
-    push: Any
-    slot: Any
 
 
 class Kept(NamedTuple):
@@ -118,11 +84,11 @@ def run(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tupl
 def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -> tuple[tuple[Array, Array], Kept]:
     key_momentum, key_noise = _split(keys)
     real, seen = inputs.x.dtype, inputs.seen
-    whole, unit = _grid(real)
+    whole, unit = grid_of(real)
     trips = whole_numbers.one_at_run_time(inputs)
-    x_unit = _unit_of_positions(inputs)
-    plan = _plan(chains, fraction)
-    stepped, fixed = _rows(inputs, fraction, plan, (x_unit, unit), trips)
+    x_unit = unit_of_positions(inputs)
+    plan = plan_of_buffer(chains, fraction)
+    stepped, fixed = rows_of_steps(inputs, fraction, plan, (x_unit, unit), trips)
     x, u = jnp.rint(inputs.x / x_unit), jnp.rint(jax.vmap(chains.momentum)(key_momentum, inputs.x) / unit)
     x_whole, u_whole = whole_numbers.pinned(trips, (x.astype(whole), u.astype(whole)))
     start = State(x_whole, u_whole, jnp.zeros(x.shape, jnp.uint32))
@@ -132,25 +98,25 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     def step(carry, inputs_of_step):
         (x, u, head), buffer, total, lost, fits = carry
         row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
-        first = _drift(u, row, real)
+        first = rounded_drift(u, row, real)
         half = x + first.astype(whole)
-        kick = _kick(chains, trips, x_unit, half, row, seen)
+        kick = rounded_kick(chains, trips, x_unit, half, row, seen)
         kicked = u + kick.astype(whole)
-        last = _drift(kicked, row, real)
+        last = rounded_drift(kicked, row, real)
         # log N(after) - log N(before), as a product: squares would cancel
         log_ratio = -jnp.sum((kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit), axis=1) / 2
         buffer, head = whole_numbers.push(buffer, head, row.push, row.slot)
         refreshed, head = whole_numbers.multiply(kicked, head, row.fraction)
         new = State(half + last.astype(whole), refreshed + noise, head)
-        fits &= _fit(first, kick, last, half, kicked, noise, new.x, new.u)
+        fits &= in_range(first, kick, last, half, kicked, noise, new.x, new.u)
         return (new, buffer, *compensated_add(total, lost, log_ratio), fits), None
 
     def group(carry, inputs_of_group):
         keys, rows = inputs_of_group
-        return jax.lax.scan(step, carry, (rows, _noise(chains, trips, keys, rows, fixed, real)))
+        return jax.lax.scan(step, carry, (rows, rounded_noise(chains, trips, keys, rows, fixed, real)))
 
     groups = in_groups(stepped, _keys_of_groups(key_noise, chains.num_steps))
-    fits = _fit(x, u) & _resolved(inputs.rates, x_unit) & jnp.all(whole_numbers.is_near(inputs.rates.gamma))
+    fits = in_range(x, u) & resolved(inputs.rates, x_unit) & jnp.all(whole_numbers.is_near(inputs.rates.gamma))
     carry = (start, buffer, zeros, zeros, fits & ~plan.overflows)
     (end, buffer, total, lost, fits), _ = scan_groups(group, carry, *groups)
 
@@ -176,7 +142,7 @@ def _backwards(
     cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=lambda a: isinstance(a, SymbolicZero))
     inputs, fixed, x_unit, trips = kept.inputs, kept.fixed, kept.x_unit, kept.trips
     real = inputs.x.dtype
-    whole, unit = _grid(real)
+    whole, unit = grid_of(real)
     of_end, of_ratio = cotangents[0], cotangents[1][:, None]
     floats, others = eqx.partition(inputs.seen, differentiated.seen)
 
@@ -195,10 +161,10 @@ def _backwards(
         # What `_forwards` did, from its end to its start.
         kicked, head = whole_numbers.divide(state.u - noise, state.head, row.fraction)
         head = whole_numbers.pop(kept.buffer, head, row.push, row.slot)
-        half = state.x - _drift(kicked, row, real).astype(whole)
-        kick = _kick(chains, trips, x_unit, half, row, inputs.seen)
+        half = state.x - rounded_drift(kicked, row, real).astype(whole)
+        kick = rounded_kick(chains, trips, x_unit, half, row, inputs.seen)
         u = kicked - kick.astype(whole)
-        start = State(half - _drift(u, row, real).astype(whole), u, head)
+        start = State(half - rounded_drift(u, row, real).astype(whole), u, head)
         # And its adjoints, of  u' = gamma u_hat + spread xi,  x' = x_half + (h/2) u_hat,
         before, after, rates = u.astype(real) * unit, kicked.astype(real) * unit, row.rates
         of_gamma, of_spread = of_u * after, of_u * (noise.astype(real) * unit / rates.spread)
@@ -221,10 +187,10 @@ def _backwards(
 
     def group(carry, inputs_of_group):
         keys, rows = inputs_of_group
-        noise = _noise(chains, trips, keys, rows, fixed, real)
+        noise = rounded_noise(chains, trips, keys, rows, fixed, real)
         return jax.lax.scan(step, carry, (rows, noise), reverse=True)
 
-    by_step = _by_step(inputs.rates)
+    by_step = differ_by_step(inputs.rates)
     zeros = jax.tree.map(jnp.zeros_like, (of_end, eqx.partition(inputs.rates, by_step)[1], floats))
     groups = in_groups(kept.stepped, _keys_of_groups(_split(kept.keys)[1], chains.num_steps))
     carry, (of_betas, of_stepped) = scan_groups(group, (kept.end, of_end, *zeros), *groups, reverse=True)
@@ -253,7 +219,7 @@ def _instantiated(cotangent: Any) -> Array:
 
 def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Array]:
     """The same chains in floats, with the same random numbers."""
-    stepped, fixed = eqx.partition(inputs.rates, _by_step(inputs.rates))
+    stepped, fixed = eqx.partition(inputs.rates, differ_by_step(inputs.rates))
 
     def chain(key, x):
         key_momentum, key_noise = jax.random.split(key)
@@ -275,103 +241,6 @@ def _in_floats(chains: Chains, keys: Array, inputs: Inputs) -> tuple[Array, Arra
         return x, total + lost
 
     return jax.vmap(chain)(keys, inputs.x)
-
-
-def _drift(u: Array, row: Row, real: Any) -> Array:
-    """h/2 u, rounded, in units of the grid."""
-    # The last factor is a power of two: its product is exact, and may be fused with anything.
-    return jnp.rint(u.astype(real) * row.drift * row.per_unit)
-
-
-def _kick(chains: Chains, trips: Array, x_unit: Array, x: Array, row: Row, seen: tuple[Any, ...]) -> Array:
-    """h grad log f, rounded, in units of the grid."""
-
-    def rounded(x, x_unit, beta, kick, seen):
-        def gradient(x):
-            return jax.grad(chains.log_density)(x, beta, *seen)
-
-        return jnp.rint(jax.vmap(gradient)(x.astype(x_unit.dtype) * x_unit) * kick)
-
-    return whole_numbers.compiled_apart(trips, rounded, x, x_unit, row.beta, row.kick, seen)
-
-
-def _noise(chains: Chains, trips: Array, keys: Array, rows: Row, fixed: Row, real: Any) -> Array:
-    """The noise of a group of steps, `(size, num_particles, dim)`, rounded, in units of the grid."""
-    size, typed = rows.beta.shape[0], jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-
-    def rounded(data, spread):
-        wrapped = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)) if typed else data
-        noise = jax.vmap(lambda key: chains.noise(key, size), out_axes=1)(wrapped)
-        return jnp.rint(noise * spread).astype(_grid(real)[0])
-
-    spread = fixed.spread if rows.spread is None else rows.spread[:, None]
-    return whole_numbers.compiled_apart(trips, rounded, jax.random.key_data(keys) if typed else keys, spread)
-
-
-def _plan(chains: Chains, fraction: Fraction) -> whole_numbers.Plan:
-    def fraction_of(k):
-        return Fraction(*(part[k] if part.ndim == 2 else part for part in fraction))
-
-    return whole_numbers.plan(fraction_of, chains.num_steps, chains.num_rows)
-
-
-def _rows(
-    inputs: Inputs, fraction: Fraction, plan: whole_numbers.Plan, units: tuple[Array, float], trips: Array
-) -> tuple[Row, Row]:
-    """All steps, divided into what differs by step and what does not."""
-    x_unit, unit = units
-    h, _, spread = inputs.rates
-    beta, drift, kick, spread = whole_numbers.pinned(trips, (inputs.betas, h / 2 * unit, h / unit, spread / unit))
-    row = Row(beta, inputs.rates, drift, 1 / x_unit, kick, spread, fraction, plan.push, plan.row)
-    by_step = jax.tree.map(lambda leaf: leaf.ndim == 2, row)._replace(beta=True, push=True, slot=True)
-    return eqx.partition(row, by_step)
-
-
-def _by_step(rates: Rates) -> Rates:
-    return Rates(*(leaf.ndim == 2 for leaf in rates))
-
-
-def _unit_of_positions(inputs: Inputs) -> Float[Array, " dim"]:
-    """The grid of positions, in each dimension a power of two.
-
-    Its range is 16 times the farthest start, or what a momentum of one drifts in 1024 of the longest steps, if that is
-    more. A unit then is less than what a float of the start's size can resolve, or 2^-18 of the drift in a step.
-    """
-    real = inputs.x.dtype
-    longest = jnp.max(inputs.rates.h.reshape(-1, inputs.rates.h.shape[-1] if inputs.rates.h.ndim else 1), axis=0)
-    reach = jnp.maximum(16 * jnp.max(jnp.abs(inputs.x), axis=0), 1024 * longest)
-    # Small enough that nothing underflows; such a drift is not resolved.
-    reach = jnp.maximum(reach, jnp.asarray(2.0**-60, real))
-    # Without the bits of its fraction a float is the power of two at or below it.
-    words, exponent = (jnp.uint64, 0x7FF << 52) if real == jnp.float64 else (jnp.uint32, 0xFF << 23)
-    power = jax.lax.bitcast_convert_type(reach, words) & jnp.asarray(exponent, words)
-    return jax.lax.bitcast_convert_type(power, real) * (2 / _limit(real))
-
-
-def _resolved(rates: Rates, x_unit: Array) -> Bool[Array, ""]:
-    """Whether a momentum of one drifts by many units in every step, so that rounding does not change the chain."""
-    return jnp.all(rates.h / 2 >= (2.0**24 if x_unit.dtype == jnp.float64 else 2.0**10) * x_unit)
-
-
-def _grid(real: Any) -> tuple[Any, float]:
-    """The type of whole numbers, and the unit of momenta."""
-    return (jnp.int64, 2.0**-52) if real == jnp.float64 else (jnp.int32, 2.0**-24)
-
-
-def _limit(dtype: Any) -> float:
-    """The sum of two numbers below it is in range."""
-    return 2.0 ** (62 if dtype in (jnp.float64, jnp.int64) else 30)
-
-
-def _fit(*numbers: Array) -> Bool[Array, ""]:
-    """Whether all are so small that the sum of two is in range: it would wrap without a word. False for NaN."""
-
-    def fits(a):
-        limit = jnp.asarray(_limit(a.dtype), a.dtype)
-        return (a < limit) & (a > -limit)
-
-    # elementwise first: one reduction in all
-    return jnp.all(functools.reduce(jnp.logical_and, map(fits, numbers)))
 
 
 def _sum_to(a: Float[Array, "num_particles dim"], like: Array) -> Array:

@@ -69,12 +69,8 @@ def multiply(u: Int[Array, "..."], head: UInt[Array, "..."], by: Fraction) -> tu
 
 
 def divide(u: Int[Array, "..."], head: UInt[Array, "..."], by: Fraction) -> tuple[Array, Array]:
-    """Undoes `multiply`, exactly."""
-    n, d = (part.astype(head.dtype) for part in by)
-    quotient = jnp.floor_divide(u, by.n)
-    head = head * n + (u - quotient * by.n).astype(head.dtype)
-    kept = head // d
-    return quotient * by.d + (head - kept * d).astype(u.dtype), kept
+    """Undoes `multiply`, exactly: it is the same map, with d/n."""
+    return multiply(u, head, Fraction(by.d, by.n))
 
 
 class Plan(NamedTuple):
