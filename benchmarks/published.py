@@ -200,7 +200,7 @@ def annealer(method: str, problem: Problem, num_gradients: int) -> lehr.Annealer
     sizes = jnp.full((num_steps, dimension), 0.1)
     kernel: Any = lehr.Langevin(sizes) if langevin else lehr.Hamiltonian(sizes, np.full((num_steps, 1), 0.8))
     if method in ("MCD", "LDVI"):
-        drift = network_drift(jax.random.key(5), dimension, momentum=not langevin, width=32)
+        drift = network_drift(jax.random.key(5), dimension, momentum=not langevin, width=32, linear=True)
         kernel = lehr.LearnedReverse(kernel, drift)
     return lehr.Annealer(base, lehr.Schedule.linear(num_steps), kernel)
 

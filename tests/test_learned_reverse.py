@@ -1,5 +1,7 @@
 """A learned reverse: any drift leaves the weights unbiased, both ways, and each way undoes the other."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -40,10 +42,19 @@ def annealer(kernel, num_steps=3):
 def test_without_drift_it_is_the_move(name, key):
     move, problem = MOVES[name], targets.log_gamma_2d()
     momentum = isinstance(move, Hamiltonian)
-    for drift in (linear_drift(2, momentum=momentum), network_drift(key, 2, momentum=momentum, width=4)):
+    network = functools.partial(network_drift, key, 2, momentum=momentum, width=4)
+    for drift in (linear_drift(2, momentum=momentum), network(), network(linear=True)):
         plain, learned = (anneal(key, annealer(k), problem, 8) for k in (move, LearnedReverse(move, drift)))
         np.testing.assert_allclose(learned.log_weights, plain.log_weights, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(learned.positions, plain.positions)
+
+
+def test_a_network_on_top_of_a_linear_drift_is_their_sum(key):
+    network = network_drift(key, 2, momentum=True, width=4, linear=True)
+    some = eqx.tree_at(lambda n: n.linear, network, some_drift(Hamiltonian(0.1)))
+    x, u, beta = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5]), jnp.array(0.4)
+    np.testing.assert_allclose(some(x, u, beta), network(x, u, beta) + some.linear(x, u, beta), rtol=1e-6)
+    assert np.abs(some.linear(x, u, beta)).min() > 0.01
 
 
 @pytest.mark.parametrize("name", MOVES)

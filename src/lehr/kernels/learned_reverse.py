@@ -116,15 +116,17 @@ class LinearDrift(eqx.Module):
 
 
 class NetworkDrift(eqx.Module):
-    """r = network(x, u, beta), zero at first."""
+    """r = network(x, u, beta), and a linear drift where there is one."""
 
     network: eqx.nn.MLP
+    linear: LinearDrift | None = None
 
     def __call__(
         self, x: Float[Array, " dim"], u: Float[Array, " dim"] | None, beta: Float[Array, ""]
     ) -> Float[Array, " dim"]:
         inputs = [x, jnp.atleast_1d(beta)] if u is None else [x, u, jnp.atleast_1d(beta)]
-        return self.network(jnp.concatenate(inputs))
+        drift = self.network(jnp.concatenate(inputs))
+        return drift if self.linear is None else drift + self.linear(x, u, beta)
 
 
 def linear_drift(dimension: int, *, momentum: bool) -> LinearDrift:
@@ -139,19 +141,21 @@ def linear_drift(dimension: int, *, momentum: bool) -> LinearDrift:
 
 
 def network_drift(
-    key: PRNGKeyArray, dimension: int, *, momentum: bool, width: int = 64, depth: int = 2
+    key: PRNGKeyArray, dimension: int, *, momentum: bool, width: int = 64, depth: int = 2, linear: bool = False
 ) -> NetworkDrift:
-    """A `NetworkDrift` whose last layer is zero: the training starts from the move's own reverse.
+    """A `NetworkDrift` that is zero, its last layer being so: the training starts from the move's own reverse.
 
     Arguments:
         key: a PRNG key, of the hidden layers.
         dimension: of positions, which should be of scales near 1.
         momentum: whether the move has one (`Hamiltonian`).
         width, depth: of the hidden layers.
+        linear: add a `linear_drift`, which a narrow network of many dimensions would have to imitate.
     """
     inputs = 1 + (2 * dimension if momentum else dimension)
     network = eqx.nn.MLP(inputs, dimension, width, depth, activation=jax.nn.silu, key=key)
-    return NetworkDrift(eqx.tree_at(lambda n: n.layers[-1], network, replace_fn=_zeroed))
+    network = eqx.tree_at(lambda n: n.layers[-1], network, replace_fn=_zeroed)
+    return NetworkDrift(network, linear_drift(dimension, momentum=momentum) if linear else None)
 
 
 def _zeroed(layer: eqx.nn.Linear) -> eqx.nn.Linear:
