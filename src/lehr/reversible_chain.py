@@ -31,7 +31,8 @@ from lehr.reversible_step import (
     Row,
     differ_by_step,
     grid_of,
-    in_range,
+    largest,
+    limit_of,
     plan_of_buffer,
     resolved,
     rounded_drift,
@@ -93,10 +94,11 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
     x_whole, u_whole = whole_numbers.pinned(trips, (x.astype(whole), u.astype(whole)))
     start = State(x_whole, u_whole, jnp.zeros(x.shape, jnp.uint32))
     buffer = whole_numbers.empty_buffer(chains.num_rows, x.shape)
-    zeros = jnp.zeros(x.shape[0], real)
+    # Summed over dimensions, and looked at, once after all steps.
+    zeros = jnp.zeros_like(x)
 
     def step(carry, inputs_of_step):
-        (x, u, head), buffer, total, lost, fits = carry
+        (x, u, head), buffer, total, lost, farthest = carry
         row, noise = eqx.combine(inputs_of_step[0], fixed), inputs_of_step[1]
         first = rounded_drift(u, row, real)
         half = x + first.astype(whole)
@@ -104,26 +106,28 @@ def _forwards(chains: Chains, keys: Array, fraction: Fraction, inputs: Inputs) -
         kicked = u + kick.astype(whole)
         last = rounded_drift(kicked, row, real)
         # log N(after) - log N(before), as a product: squares would cancel
-        log_ratio = -jnp.sum((kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit), axis=1) / 2
+        log_ratio = -(kick * unit) * (u.astype(real) * unit + kicked.astype(real) * unit) / 2
         buffer, head = whole_numbers.push(buffer, head, row.push, row.slot)
         refreshed, head = whole_numbers.multiply(kicked, head, row.fraction)
         new = State(half + last.astype(whole), refreshed + noise, head)
-        fits &= in_range(first, kick, last, half, kicked, noise, new.x, new.u)
-        return (new, buffer, *compensated_add(total, lost, log_ratio), fits), None
+        farthest = largest(farthest, first, kick, last, half, kicked, noise, new.x, new.u)
+        return (new, buffer, *compensated_add(total, lost, log_ratio), farthest), None
 
     def group(carry, inputs_of_group):
         keys, rows = inputs_of_group
         return jax.lax.scan(step, carry, (rows, rounded_noise(chains, trips, keys, rows, fixed, real)))
 
     groups = in_groups(stepped, _keys_of_groups(key_noise, chains.num_steps))
-    fits = in_range(x, u) & resolved(inputs.rates, x_unit) & jnp.all(whole_numbers.is_near(inputs.rates.gamma))
-    carry = (start, buffer, zeros, zeros, fits & ~plan.overflows)
-    (end, buffer, total, lost, fits), _ = scan_groups(group, carry, *groups)
+    carry = (start, buffer, zeros, zeros, largest(x, u))
+    (end, buffer, total, lost, farthest), _ = scan_groups(group, carry, *groups)
+    near = jnp.all(whole_numbers.is_near(inputs.rates.gamma))
+    # The sum of two numbers below the limit is in range; beyond it would wrap without a word. False for NaN.
+    fits = jnp.all(farthest < limit_of(real)) & resolved(inputs.rates, x_unit) & near & ~plan.overflows
 
     def instead(_):
         return jnp.ones_like(fits), _in_floats(chains, keys, inputs)
 
-    found = (end.x.astype(real) * x_unit, total + lost)
+    found = (end.x.astype(real) * x_unit, jnp.sum(total + lost, axis=1))
     found = jax.lax.while_loop(lambda carry: ~carry[0], instead, (fits, found))[1]
     return found, Kept(keys, inputs, stepped, fixed, x_unit, trips, start, end, buffer, fits)
 
@@ -180,8 +184,9 @@ def _backwards(
         # x_half = x + (h/2) u.
         of_h += of_x * before / 2
         of_u += rates.h / 2 * of_x
-        of_rates = Rates(*map(_sum_to, (of_h, of_gamma, of_spread), rates))
-        of_stepped, of_fixed_here = eqx.partition(of_rates, by_step)
+        # Summed over particles once, after all steps, where that can wait.
+        of_stepped, of_fixed_here = eqx.partition(Rates(of_h, of_gamma, of_spread), by_step)
+        of_stepped = jax.tree.map(_sum_to, of_stepped, eqx.filter(rates, by_step))
         of_fixed, of_seen = jax.tree.map(jnp.add, (of_fixed, of_seen), (of_fixed_here, change))
         return (start, of_x, of_u, of_fixed, of_seen), (of_beta, of_stepped)
 
@@ -191,10 +196,16 @@ def _backwards(
         return jax.lax.scan(step, carry, (rows, noise), reverse=True)
 
     by_step = differ_by_step(inputs.rates)
-    zeros = jax.tree.map(jnp.zeros_like, (of_end, eqx.partition(inputs.rates, by_step)[1], floats))
+    fixed_rates = eqx.filter(inputs.rates, by_step, inverse=True)
+    zeros = (
+        jnp.zeros_like(of_end),
+        jax.tree.map(lambda _: jnp.zeros_like(of_end), fixed_rates),
+        jax.tree.map(jnp.zeros_like, floats),
+    )
     groups = in_groups(kept.stepped, _keys_of_groups(_split(kept.keys)[1], chains.num_steps))
     carry, (of_betas, of_stepped) = scan_groups(group, (kept.end, of_end, *zeros), *groups, reverse=True)
     start, of_x, _, of_fixed, of_seen = carry
+    of_fixed = jax.tree.map(_sum_to, of_fixed, fixed_rates)
     arrived = kept.fits & jnp.all((start.x == kept.start.x) & (start.u == kept.start.u) & (start.head == 0))
 
     def instead(_):

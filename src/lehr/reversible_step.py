@@ -138,7 +138,7 @@ def unit_of_positions(inputs: Inputs) -> Float[Array, " dim"]:
     # Without the bits of its fraction a float is the power of two at or below it.
     words, exponent = (jnp.uint64, 0x7FF << 52) if real == jnp.float64 else (jnp.uint32, 0xFF << 23)
     power = jax.lax.bitcast_convert_type(reach, words) & jnp.asarray(exponent, words)
-    return jax.lax.bitcast_convert_type(power, real) * (2 / _limit(real))
+    return jax.lax.bitcast_convert_type(power, real) * (2 / limit_of(real))
 
 
 def resolved(rates: Rates, x_unit: Array) -> Bool[Array, ""]:
@@ -151,17 +151,12 @@ def grid_of(real: Any) -> tuple[Any, float]:
     return (jnp.int64, 2.0**-52) if real == jnp.float64 else (jnp.int32, 2.0**-24)
 
 
-def _limit(dtype: Any) -> float:
-    """The sum of two numbers below it is in range."""
-    return 2.0 ** (62 if dtype in (jnp.float64, jnp.int64) else 30)
+def limit_of(real: Any) -> float:
+    """The sum of two whole numbers below it is in range."""
+    return 2.0**62 if real == jnp.float64 else 2.0**30
 
 
-def in_range(*numbers: Array) -> Bool[Array, ""]:
-    """Whether all are so small that the sum of two is in range: it would wrap without a word. False for NaN."""
-
-    def fits(a):
-        limit = jnp.asarray(_limit(a.dtype), a.dtype)
-        return (a < limit) & (a > -limit)
-
-    # elementwise first: one reduction in all
-    return jnp.all(functools.reduce(jnp.logical_and, map(fits, numbers)))
+def largest(*numbers: Array) -> Float[Array, "..."]:
+    """The largest magnitude, elementwise; NaN where there is one."""
+    real = numbers[0].dtype
+    return functools.reduce(jnp.maximum, (jnp.abs(a.astype(real)) for a in numbers))

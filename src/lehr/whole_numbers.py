@@ -62,7 +62,8 @@ def is_near(gamma: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
 def multiply(u: Int[Array, "..."], head: UInt[Array, "..."], by: Fraction) -> tuple[Array, Array]:
     """u n/d, rounded, and the head that has taken what was lost."""
     n, d = (part.astype(head.dtype) for part in by)
-    quotient = jnp.floor_divide(u, by.d)
+    quotient = jax.lax.div(u, jnp.broadcast_to(by.d, u.shape).astype(u.dtype))
+    quotient -= (quotient * by.d > u).astype(u.dtype)  # towards minus infinity, not zero
     head = head * d + (u - quotient * by.d).astype(head.dtype)
     kept = head // n
     return quotient * by.n + (head - kept * n).astype(u.dtype), kept
