@@ -35,7 +35,7 @@ from rich.table import Column, Table
 
 import lehr
 from benchmarks.speed import Bernoulli, Claim, linear, machine, verdict
-from lehr.annealing import base_draws, prepare
+from lehr.annealer import base_draws, prepare
 from lehr.vae.model import VAE, DiagonalGaussian
 from lehr.weighted import log_mean_exp
 from lehr.whole_numbers import rows_of_buffer

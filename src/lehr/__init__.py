@@ -4,15 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lehr import objectives as objectives
+    from lehr import linear_regression as linear_regression, objectives as objectives
     from lehr.adapters.functions import from_function as from_function
     from lehr.adapters.numpyro import from_numpyro as from_numpyro
     from lehr.adapters.pymc import from_pymc as from_pymc
-    from lehr.annealing import Annealer as Annealer, anneal as anneal, anneal_reverse as anneal_reverse
+    from lehr.annealer import Annealer as Annealer
+    from lehr.annealing import anneal as anneal, anneal_reverse as anneal_reverse
     from lehr.comparison import Comparison as Comparison, compare as compare
     from lehr.errors import InputError as InputError
     from lehr.estimation import evidence as evidence
     from lehr.gaussian import Gaussian as Gaussian
+    from lehr.gradient_noise import noise_gap as noise_gap
     from lehr.greedy import tune as tune
     from lehr.kernels import (
         AffineInBeta as AffineInBeta,
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
     from lehr.report import Evidence as Evidence
     from lehr.reversible import Reversible as Reversible
     from lehr.simulation import SimulationCheck as SimulationCheck, simulate_check as simulate_check
+    from lehr.subsampled import Subsampled as Subsampled
     from lehr.trained import Trained as Trained
     from lehr.weighted import WeightedParticles as WeightedParticles
 
 _HOME = {
-    "Annealer": "lehr.annealing",
+    "Annealer": "lehr.annealer",
     "anneal": "lehr.annealing",
     "anneal_reverse": "lehr.annealing",
     "Comparison": "lehr.comparison",
@@ -43,6 +46,7 @@ _HOME = {
     "from_numpyro": "lehr.adapters.numpyro",
     "from_pymc": "lehr.adapters.pymc",
     "Gaussian": "lehr.gaussian",
+    "noise_gap": "lehr.gradient_noise",
     "Reversible": "lehr.reversible",
     "SimulationCheck": "lehr.simulation",
     "simulate_check": "lehr.simulation",
@@ -56,17 +60,20 @@ _HOME = {
     "tune": "lehr.greedy",
     "Problem": "lehr.path",
     "Schedule": "lehr.path",
+    "Subsampled": "lehr.subsampled",
     "Trained": "lehr.trained",
     "WeightedParticles": "lehr.weighted",
 }
 
-__all__ = [*_HOME, "objectives"]  # pyright: ignore[reportUnsupportedDunderAll]
+_SUBPACKAGES = ("linear_regression", "objectives")
+
+__all__ = [*_HOME, *_SUBPACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 # JAX takes more than a second to import, and `lehr --help` must not wait for it.
 def __getattr__(name: str) -> Any:
-    if name == "objectives":
-        return importlib.import_module("lehr.objectives")
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lehr.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lehr' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -7,30 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lehr.annealer import Annealer, base_draws, prepare
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
-from lehr.kernels.contract import AbstractKernel, State
+from lehr.gradient_noise import warn_of_noise
+from lehr.kernels.contract import State
 from lehr.numerics import compensated_add
-from lehr.path import LogDensity, Problem, Schedule
+from lehr.path import LogDensity, Problem
 from lehr.reversible import Memory, Reversible, anneal_reversibly, memory_of
+from lehr.subsampled import MiniBatches, Subsampled
 from lehr.weighted import WeightedParticles
-
-
-class Annealer(eqx.Module):
-    """A base, a schedule and a kernel: everything about annealing that can be trained, each float leaf of it.
-
-    Raises `lehr.errors.InputError` if the parts are not a `Schedule` and a kernel.
-    """
-
-    base: Any
-    schedule: Schedule
-    kernel: AbstractKernel
-
-    def __check_init__(self):
-        if not isinstance(self.schedule, Schedule):
-            raise InputError("an Annealer's schedule must be a lehr.Schedule, for example lehr.Schedule.linear(10)")
-        if not isinstance(self.kernel, AbstractKernel):
-            raise InputError("an Annealer's kernel must be a lehr kernel, for example lehr.Hamiltonian(0.1)")
 
 
 def anneal(
@@ -53,7 +39,9 @@ def anneal(
     Arguments:
         key: a PRNG key.
         annealer: base, schedule (K steps) and kernel.
-        log_target: maps a position `(dim,)` to the log unnormalised density, a scalar, in nats.
+        log_target: maps a position `(dim,)` to the log unnormalised density, a scalar, in nats. Of a
+            `lehr.Subsampled` the steps of `Hamiltonian` see mini-batches; what that costs is warned of
+            (`lehr.noise_gap`), where it is more than 0.05 nats and the arguments have values.
         num_particles: N.
         memory: what the gradient keeps of an uncorrected chain. "store": every step. "checkpoint": of order sqrt(K)
             steps, for one more run of the chain. "reversible": the bits that persistence g loses, log2(1/g) a
@@ -83,7 +71,10 @@ def anneal(
     if num_particles < 1:
         raise InputError(f"num_particles must be at least 1, but it is {num_particles}")
     # Outside of the compiled part, where the persistence may have a value to look at.
-    return _anneal(key, annealer, log_target, num_particles, memory_of(memory, annealer.kernel))
+    checked = memory_of(memory, annealer.kernel)
+    if isinstance(log_target, Subsampled):
+        warn_of_noise(key, annealer, log_target)
+    return _anneal(key, annealer, log_target, num_particles, checked)
 
 
 @eqx.filter_jit
@@ -91,12 +82,6 @@ def _anneal(
     key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, num_particles: int, memory: Any
 ) -> WeightedParticles:
     return anneal_from(annealer, log_target, *base_draws(key, annealer.base, num_particles), memory=memory)
-
-
-def base_draws(key: PRNGKeyArray, base: Any, num_particles: int) -> tuple[Array, Float[Array, "num_particles dim"]]:
-    """Independent draws of the base, and with each a key for the chain that goes on from it."""
-    keys = jax.vmap(jax.random.split)(jax.random.split(key, num_particles))
-    return keys[:, 1], jax.vmap(base.sample)(keys[:, 0])
 
 
 def anneal_from(
@@ -111,6 +96,8 @@ def anneal_from(
     problem, annealer = prepare(annealer, log_target)
     checked = memory_of(memory, annealer.kernel)
     if isinstance(checked, Reversible):
+        if isinstance(log_target, Subsampled):
+            raise InputError('memory="reversible" has no mini-batches: use memory="checkpoint"')
         kernel, schedule = annealer.kernel, annealer.schedule
         return WeightedParticles(*anneal_reversibly(kernel, schedule, problem, keys, positions, memory=checked))
 
@@ -153,20 +140,6 @@ def anneal_reverse(
     return _weighted(jax.vmap(one_particle)(jax.random.split(key, samples.shape[0]), samples))
 
 
-def prepare(annealer: Annealer, log_target: LogDensity) -> tuple[Problem, Annealer]:
-    """Checks the problem, and brings schedule and kernel to its dtype: float32 stays float32 under x64.
-
-    Of a kernel whose parameters are functions of beta it gives the rows, one for each step.
-    """
-    problem = Problem(annealer.base, log_target)
-    cast = jax.tree.map(
-        lambda leaf: leaf.astype(problem.position.dtype) if eqx.is_inexact_array(leaf) else leaf,
-        (annealer.schedule, annealer.kernel),
-    )
-    schedule, kernel = cast
-    return problem, Annealer(annealer.base, schedule, kernel.along(schedule.betas[1:]))
-
-
 def _weighted(result: tuple[Array, Array, Array | None]) -> WeightedParticles:
     positions, log_weights, acceptance = result
     return WeightedParticles(positions, log_weights, None if acceptance is None else acceptance.mean(axis=0))
@@ -189,11 +162,12 @@ def _chain(
     num_steps, betas = schedule.num_steps, schedule.betas
     stepped, fixed = kernel.split_steps(num_steps, position.shape[0])
     key_init, key_noise = jax.random.split(key)
+    mini_batches = MiniBatches(problem, kernel)
 
     def step(carry, inputs):
         state, total, lost = carry
-        (beta, increment, stepped), noise = inputs
-        kernel, density = eqx.combine(stepped, fixed), problem.at(beta)
+        (beta, increment, stepped, part), (noise, batch) = inputs
+        kernel, density = eqx.combine(stepped, fixed), mini_batches.at(beta, batch, part)
         transition = (kernel.backwards if reverse else kernel.forwards)(density, state, noise)
         if kernel.exact:
             log_ratio = -increment * transition.state.point.log_ratio if reverse else increment * state.point.log_ratio
@@ -203,7 +177,8 @@ def _chain(
         return (transition.state, *compensated_add(total, lost, log_ratio)), transition.acceptance
 
     def noise(key, num_steps):
-        return kernel.noise(key, num_steps, problem.position)
+        key, batches = mini_batches.keys(key, num_steps)
+        return kernel.noise(key, num_steps, problem.position), batches
 
     def end_values(state: State, *, base_end: bool) -> Array:
         point = state.point
@@ -214,7 +189,7 @@ def _chain(
     density = problem.at(betas[-1] if reverse else betas[0])
     start = kernel.init(key_init, density, position)
     zero = jnp.zeros((), position.dtype)
-    steps = (betas[1:], jnp.diff(betas), stepped)
+    steps = (betas[1:], jnp.diff(betas), stepped, mini_batches.parts(num_steps))
     if reverse:
         steps = jax.tree.map(lambda leaf: jnp.flip(leaf, axis=0), steps)
     carry, acceptance = scan_with_noise(

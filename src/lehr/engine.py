@@ -5,7 +5,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal_reverse
+from lehr.annealer import Annealer
+from lehr.annealing import anneal_reverse
 from lehr.fitting import Fitted
 from lehr.path import LogDensity
 from lehr.smc import Population, smc, systematic

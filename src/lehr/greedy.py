@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, prepare
+from lehr.annealer import Annealer, prepare
 from lehr.errors import InputError
 from lehr.kernels import AbstractKernel, AbstractMove, LearnedReverse, State
 from lehr.kernels.contract import rows

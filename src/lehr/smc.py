@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lehr.annealing import Annealer, prepare
+from lehr.annealer import Annealer, prepare
 from lehr.errors import InputError
 from lehr.kernels.contract import AbstractKernel, State
 from lehr.path import LogDensity, Problem

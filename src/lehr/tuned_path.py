@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lehr.annealing import Annealer
+from lehr.annealer import Annealer
 from lehr.kernels import Hamiltonian, Metropolis
 from lehr.path import Schedule
 from lehr.pilot import Pilot

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lehr import Schedule, anneal
-from lehr.annealing import Annealer
+from lehr.annealer import Annealer
 from lehr.errors import InputError
 from lehr.objectives.elbo import log_weights
 from lehr.vae import data, session, train

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal
+from lehr.annealer import Annealer
+from lehr.annealing import anneal
 from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.elbo import elbo

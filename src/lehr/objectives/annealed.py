@@ -2,7 +2,8 @@
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal
+from lehr.annealer import Annealer
+from lehr.annealing import anneal
 from lehr.errors import InputError
 from lehr.path import LogDensity
 from lehr.reversible import Memory

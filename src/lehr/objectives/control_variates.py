@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal_from, base_draws
+from lehr.annealer import Annealer, base_draws
+from lehr.annealing import anneal_from
 from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact

@@ -18,7 +18,8 @@ import jax.flatten_util
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal_from, base_draws
+from lehr.annealer import Annealer, base_draws
+from lehr.annealing import anneal_from
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws

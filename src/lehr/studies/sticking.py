@@ -17,7 +17,7 @@ from rich.console import Console
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from lehr import objectives
-from lehr.annealing import Annealer
+from lehr.annealer import Annealer
 from lehr.errors import InputError
 from lehr.gaussian import Gaussian
 from lehr.kernels import Hamiltonian

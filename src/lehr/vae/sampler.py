@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.annealing import Annealer, anneal, anneal_reverse
+from lehr.annealer import Annealer
+from lehr.annealing import anneal, anneal_reverse
 from lehr.errors import InputError
 from lehr.kernels import AbstractKernel, Hamiltonian, Metropolis
 from lehr.path import Schedule

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr import objectives
-from lehr.annealing import Annealer
+from lehr.annealer import Annealer
 from lehr.errors import InputError
 from lehr.kernels import Hamiltonian, Metropolis
 from lehr.path import Schedule

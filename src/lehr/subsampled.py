@@ -1,0 +1,267 @@
+"""A target whose log likelihood is a sum over data, of which each step of annealing sees a mini-batch."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from lehr.errors import InputError
+from lehr.kernels import AbstractKernel, Hamiltonian, LearnedReverse
+from lehr.numerics import is_concrete, stop_gradient
+from lehr.path import LogDensity, Problem, Tempered
+
+PerDatum = Callable[[Array, Any], Array]
+
+
+class Taylor(eqx.Module):
+    """The Taylor expansions t_i of log p(y_i | x) around one x, and their sum: a control variate, or a surrogate.
+
+        t_i(x) = l_i + g_i . delta (+ delta . H_i delta / 2),    delta = x - reference,    l_i = log p(y_i | reference)
+
+    Make it by `Subsampled.around`.
+    """
+
+    reference: Float[Array, " dim"]
+    value: Float[Array, ""]
+    slope: Float[Array, " dim"]
+    curvature: Float[Array, "dim dim"] | None
+
+    def total(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        """sum_i t_i(x): no data are touched."""
+        delta = x - self.reference
+        linear = self.value + self.slope @ delta
+        return linear if self.curvature is None else linear + delta @ self.curvature @ delta / 2
+
+    def of_one(self, function: LogDensity, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        """t_i(x), with log p(y_i | .) for `function`."""
+        delta = x - self.reference
+
+        def value_and_slope(at):
+            return jax.jvp(function, (at,), (delta,))
+
+        if self.curvature is None:
+            value, slope = value_and_slope(self.reference)
+            return value + slope
+        (value, slope), (_, bend) = jax.jvp(value_and_slope, (self.reference,), (delta,))
+        return value + slope + bend / 2
+
+
+class Subsampled(eqx.Module):
+    """log f(x) = log_prior(x) + sum_i log p(y_i | x), n terms, of which a step of uncorrected annealing sees B:
+
+        log f(x) is replaced by  log_prior(x) + (n / B) sum_{i in batch} log p(y_i | x),
+
+    with a new batch for every step and particle, the same in a step and in its reverse; the end of a chain sees all
+    data, once. So weights are unbiased for any B, E[w] = Z. But their bound is low, by about
+
+        sum_k h_k^2 beta_k^2 tr C_k / 2,        C_k the covariance of the gradient's noise in step k:
+
+    h_k^2 K, which mixing needs, does not vanish as the number of steps K grows, and so does not the gap (theorem 2 of
+    the paper). `lehr.anneal` warns with that number (`lehr.noise_gap`); docs/gradient-noise.md has the remedies.
+
+    Use it wherever a log density is taken. `lehr.anneal`, `lehr.objectives.davi` and its kin use mini-batches with
+    `lehr.Hamiltonian`, alone or in `lehr.LearnedReverse`; with `lehr.Metropolis`, and in `lehr.evidence`, `lehr.tune`
+    and everywhere else, it is the sum over all data: a correction that sees a part of the data would not be exact.
+
+    Arguments:
+        log_prior: maps a position `(dim,)` to a scalar, in nats; normalised, if log Z is to be an evidence.
+        log_likelihood_per_datum: maps a position and one datum to a scalar.
+        data: an array, or a pytree of arrays, with a leading axis of n data.
+        batch_size: B, from 1 to n; or several, for as many equal parts of the path: noise counts times beta^2, so that
+            larger batches belong to its end.
+        replace: whether batches are drawn with replacement. Without, a batch costs of order n to draw.
+        check: whether `lehr.anneal` predicts the gap, with 16 more chains, to warn of it.
+        taylor: expansions to reduce the noise with; `around` makes them.
+
+    **Gradient**: exact for the given batches, and unbiased, over them, for the gradient of E[log w]. Data are not
+    differentiated.
+
+    Raises `lehr.errors.InputError` for no data, leading axes that differ, values that are not finite, or a batch size
+    out of range; in use, for a log likelihood of a datum that is no scalar.
+
+    Source: Zhang, Hsu, Li, Finn, Grosse 2021, section 4.3 (stochastic DAIS).
+    """
+
+    log_prior: LogDensity
+    log_likelihood_per_datum: PerDatum
+    data: Any
+    batch_sizes: tuple[int, ...] = eqx.field(static=True)
+    replace: bool = eqx.field(static=True)
+    check: bool = eqx.field(static=True)
+    taylor: Taylor | None
+
+    def __init__(
+        self,
+        log_prior: LogDensity,
+        log_likelihood_per_datum: PerDatum,
+        data: Any,
+        batch_size: int | Sequence[int],
+        *,
+        replace: bool = True,
+        check: bool = True,
+        taylor: Taylor | None = None,
+    ):
+        self.log_prior, self.log_likelihood_per_datum = log_prior, log_likelihood_per_datum
+        self.data = jax.tree.map(jnp.asarray, data)
+        self.replace, self.check, self.taylor = replace, check, taylor
+        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(self.data)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise InputError(
+                f"data must be arrays with one leading axis of at least one datum, but their lengths are {lengths}"
+            )
+        for leaf in jax.tree.leaves(self.data):
+            if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.all(jnp.isfinite(leaf))):
+                raise InputError("data must be finite: remove what has missing or infinite values")
+        self.batch_sizes = _batch_sizes(batch_size, self.num_data, smallest=1 if taylor is None else 0)
+
+    @property
+    def num_data(self) -> int:
+        """n."""
+        return jax.tree.leaves(self.data)[0].shape[0]
+
+    def with_batches(self, batch_size: int | Sequence[int]) -> "Subsampled":
+        """The same with other batch sizes; 0, no data at all, is the surrogate of `around` alone.
+
+        Raises `lehr.errors.InputError` for a size out of range, and for 0 without `around`.
+        """
+        return self._but(batch_size, self.taylor)
+
+    def around(self, reference: Float[Array, " dim"], *, order: int = 2) -> "Subsampled":
+        """The same with the batch's noise reduced by Taylor expansions around a point, best near the posterior's mode:
+
+            sum_i log p(y_i | x)  is replaced by  sum_i t_i(x) + (n / B) sum_{i in batch} [log p(y_i | x) - t_i(x)],
+
+        unbiased as before; what is left is of order |x - reference|^(order + 1) a datum. With batches of no data
+        (`with_batches(0)`) the steps see the surrogate sum_i t_i alone, and have no noise; the end of a
+        chain sees all data, so that weights stay unbiased.
+
+        Arguments:
+            reference: `(dim,)`.
+            order: 1 or 2. It takes one pass over the data, for 2 with their Hessian.
+
+        Raises `lehr.errors.InputError` for another order, or an expansion that is not finite.
+
+        Source: Baker, Fearnhead, Fox, Nemeth 2019 (gradients); Jankowiak, Phan 2021 (surrogates).
+        """
+        if order not in (1, 2):
+            raise InputError(f"the order of the expansions must be 1 or 2, but it is {order}")
+        reference = jnp.asarray(reference)
+        value, slope = jax.value_and_grad(self.log_likelihood)(reference)
+        curvature = jax.hessian(self.log_likelihood)(reference) if order == 2 else None
+        taylor = Taylor(reference, value, slope, curvature)
+        leaves = jax.tree.leaves(taylor)
+        if all(map(is_concrete, leaves)) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+            raise InputError("the log likelihood has no finite derivatives at the reference: give another point")
+        return self._but(self.batch_sizes, stop_gradient(taylor))
+
+    def __call__(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        """log f(x), with all data."""
+        return self.log_prior(x) + self.log_likelihood(x)
+
+    def log_likelihood(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        """sum_i log p(y_i | x), all data."""
+        return jnp.sum(jax.vmap(functools.partial(self._of_one, x))(stop_gradient(self.data)))
+
+    def residual(self, x: Float[Array, " dim"], datum: Any) -> Float[Array, ""]:
+        """What a batch is needed for: log p(y_i | x), less its expansion if there is one."""
+        value = self._of_one(x, datum)
+        if self.taylor is None:
+            return value
+        return value - self.taylor.of_one(lambda x: self._of_one(x, datum), x)
+
+    def on(self, key: PRNGKeyArray, part: Int[Array, ""]) -> "OnBatch":
+        """log f as seen by a step in a part of the path, with the batch that is drawn with `key`."""
+        return OnBatch(self, key, part)
+
+    def some(self, key: PRNGKeyArray, size: int, *, replace: bool) -> Any:
+        """Data drawn at random."""
+        if replace:
+            chosen = jax.random.randint(key, (size,), 0, self.num_data)
+        else:
+            chosen = jax.random.choice(key, self.num_data, (size,), replace=False)
+        return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[chosen]), self.data)
+
+    def _but(self, batch_size: int | Sequence[int], taylor: Taylor | None) -> "Subsampled":
+        parts = self.log_prior, self.log_likelihood_per_datum, self.data, batch_size
+        return Subsampled(*parts, replace=self.replace, check=self.check, taylor=taylor)
+
+    def _of_one(self, x: Float[Array, " dim"], datum: Any) -> Float[Array, ""]:
+        value = self.log_likelihood_per_datum(x, datum)
+        if jnp.shape(value) != ():
+            raise InputError(
+                f"the log likelihood of one datum must be a scalar, but it has shape {jnp.shape(value)}: sum it"
+            )
+        return value
+
+
+class OnBatch(eqx.Module):
+    """log f with a mini-batch in place of the data, the same at every call."""
+
+    target: Subsampled
+    key: PRNGKeyArray
+    part: Int[Array, ""]
+
+    def __call__(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        target = self.target
+
+        def with_batch(size, x):
+            if size == 0:
+                return jnp.zeros((), x.dtype)
+            residuals = jax.vmap(lambda datum: target.residual(x, datum))(
+                target.some(self.key, size, replace=target.replace)
+            )
+            return (jnp.sum(residuals) * (target.num_data / size)).astype(x.dtype)
+
+        branches = [functools.partial(with_batch, size) for size in target.batch_sizes]
+        noisy = branches[0](x) if len(branches) == 1 else jax.lax.switch(self.part, branches, x)
+        known = target.log_prior(x) if target.taylor is None else target.log_prior(x) + target.taylor.total(x)
+        return known + noisy
+
+
+class MiniBatches:
+    """How the steps of a chain see a problem: with a batch each, if its target is `Subsampled`, and else as it is.
+
+    Raises `InputError` for a kernel of which a step and its reverse would see different batches (it keeps gradients).
+    """
+
+    def __init__(self, problem: Problem, kernel: AbstractKernel):
+        self.problem, self.target = problem, None
+        move = kernel.kernel if isinstance(kernel, LearnedReverse) else kernel
+        # An exact kernel sees all data.
+        if isinstance(problem.log_target, Subsampled) and not kernel.exact:
+            if not isinstance(move, Hamiltonian):
+                raise InputError(f"mini-batches need a lehr.Hamiltonian, not a {type(move).__name__}")
+            self.target = problem.log_target
+
+    def keys(self, key: PRNGKeyArray, num_steps: int) -> tuple[PRNGKeyArray, Array | None]:
+        """A key for the noise of the kernel, and one a step for its batch."""
+        if self.target is None:
+            return key, None
+        key_noise, key_batch = jax.random.split(key)
+        return key_noise, jax.random.split(key_batch, num_steps)
+
+    def parts(self, num_steps: int) -> Int[Array, " num_steps"] | None:
+        """The part of the path, of those with batch sizes of their own, that each step belongs to."""
+        if self.target is None:
+            return None
+        return jnp.asarray(np.arange(num_steps) * len(self.target.batch_sizes) // num_steps, jnp.int32)
+
+    def at(self, beta: Float[Array, ""], key: PRNGKeyArray | None, part: Int[Array, ""] | None) -> Tempered:
+        """The density that a step sees."""
+        if self.target is None:
+            return self.problem.at(beta)
+        assert key is not None
+        assert part is not None
+        return Problem(self.problem.base, self.target.on(key, part)).at(beta)
+
+
+def _batch_sizes(batch_size: int | Sequence[int], num_data: int, *, smallest: int) -> tuple[int, ...]:
+    sizes = tuple(np.atleast_1d(np.asarray(batch_size)).tolist())
+    if not sizes or any(size != int(size) or not smallest <= size <= num_data for size in sizes):
+        raise InputError(f"batch_size must be from {smallest} to the {num_data} data, but it is {batch_size}")
+    return tuple(map(int, sizes))
