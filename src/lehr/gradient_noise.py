@@ -13,6 +13,7 @@ from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.kernels import Hamiltonian, LearnedReverse
 from lehr.numerics import is_concrete
+from lehr.path import LogDensity
 from lehr.subsampled import MiniBatches, Subsampled
 
 #: nats
@@ -26,7 +27,7 @@ class NoiseGap(NamedTuple):
     error: float
 
 
-def noise_gap(key: PRNGKeyArray, annealer: Annealer, log_target: Subsampled, *, num_particles: int = 16) -> NoiseGap:
+def noise_gap(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, *, num_particles: int = 16) -> NoiseGap:
     """By how much mini-batches lower the bound E[log w], to leading order in the step size:
 
         sum_k (l h_k)^2 . beta_k^2 diag C_k / 2,     h = step size / momentum scale,  l the leapfrogs of a step,
@@ -41,7 +42,7 @@ def noise_gap(key: PRNGKeyArray, annealer: Annealer, log_target: Subsampled, *, 
     Arguments:
         key: a PRNG key.
         annealer: with `lehr.Hamiltonian`, alone or in `lehr.LearnedReverse`.
-        log_target: the target with its batches.
+        log_target: a `lehr.Subsampled`.
         num_particles: chains to measure on.
 
     Returns the gap, in nats, with its standard error.
