@@ -89,7 +89,7 @@ KERNELS = {
 }
 TARGETS = {
     "plain": lambda: of_classes(20),
-    "without replacement": lambda: of_classes(10, replace=False),
+    "without replacement": lambda: of_classes(20, replace=False),
     "parts": lambda: of_classes((10, 30)),
     "around, order 1": lambda: of_classes(5).around(jnp.array([0.5, -0.3]), order=1),
     "around, order 2": lambda: of_classes(2).around(jnp.array([0.5, -0.3])),
@@ -120,7 +120,8 @@ def test_a_planted_bug_is_seen(key):
     target = of_classes(20)
     parts = target.log_prior, target.log_likelihood_per_datum, target.data, 20
     for kind, is_right in ((Subsampled, True), (WithoutTheLast, False)):
-        found = lehr.anneal(key, annealer(), kind(*parts, check=False), 20_000)
+        target = kind(*parts, check=False)  # pyright: ignore[reportCallIssue]
+        found = lehr.anneal(key, annealer(), target, 20_000)
         assert (abs(weight_z_score(found.log_weights, log_evidence_of_classes())) < THRESHOLD) == is_right
 
 
