@@ -240,7 +240,7 @@ def measure(
         own = jax.tree.map(lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, trained.params)  # noqa: B023
         # Short training may lose what tuning had: chosen on chains of its own, and scored on others.
         key_choose, key_score = jax.random.split(key[2])
-        better = max((start.annealer, own), key=lambda which: _bound(key_choose, which, problem).mean())  # noqa: B023
+        better = max((start.annealer, own), key=lambda which: _bound(key_choose, which, problem).mean())
         scores = {}
         for stage, which in (("tuned", start.annealer), ("bound", better)):
             log_weights = _bound(key_score, which, problem)
