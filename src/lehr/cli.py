@@ -5,7 +5,7 @@ from typing import Any
 
 import tyro
 
-from lehr.commands import Compare, Evaluate, Evidence, Figure2, Sticking, Study, Train
+from lehr.commands import Compare, Evaluate, Evidence, Figure1, Figure2, GradientNoise, Sticking, Study, Train
 from lehr.errors import InputError
 
 _COMMANDS: dict[str, Any] = {
@@ -15,7 +15,13 @@ _COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "study": Study,
 }
-_STUDIES: dict[str, Any] = {"figure2": Figure2, "sticking": Sticking, "list": Study}
+_STUDIES: dict[str, Any] = {
+    "figure1": Figure1,
+    "figure2": Figure2,
+    "gradient-noise": GradientNoise,
+    "sticking": Sticking,
+    "list": Study,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

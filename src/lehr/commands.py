@@ -182,6 +182,58 @@ class Figure2:
 
 
 @dataclasses.dataclass(frozen=True)
+class Figure1:
+    """Figure 1 of the DAIS paper: the gap of the bound on linear regression against the number of steps.
+
+    Exact and simulated, with full refreshment, persistent momentum and mini-batches; slopes beside theorem 1.
+    """
+
+    out: Path = Path("runs/figure1")
+    """folder for figure1.json and figure1.png"""
+    num_chains: int = 100
+    """chains of each simulation"""
+    max_steps: int = 100_000
+    """the largest number of steps K, up to 10,000,000"""
+    seed: int = 0
+    """of the data"""
+    json: bool = False
+    """print the result as JSON too"""
+
+    def run(self, arguments: list[str]) -> int:
+        """Runs the study; returns the exit code."""
+        del arguments
+        from lehr.studies.figure1 import figure1
+
+        return figure1(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoise:
+    """What mini-batches cost the bound, and what helps: the gap against data touched, for each remedy.
+
+    Linear and logistic regression on synthetic data like those of land cover; step sizes by the exact analysis.
+    """
+
+    out: Path = Path("runs/gradient-noise")
+    """folder for gradient-noise.json and gradient-noise.png"""
+    num_data: int = 100_000
+    """observations"""
+    num_chains: int = 100
+    """chains of each measurement"""
+    seed: int = 0
+    """of the data"""
+    json: bool = False
+    """print the result as JSON too"""
+
+    def run(self, arguments: list[str]) -> int:
+        """Runs the study; returns the exit code."""
+        del arguments
+        from lehr.studies.gradient_noise import gradient_noise
+
+        return gradient_noise(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Sticking:
     """Variance and signal-to-noise of the gradient rules (plain, STL, control variate, DReG) along training runs.
 
@@ -214,6 +266,10 @@ class Study:
     def run(self, arguments: list[str]) -> int:
         """Prints the studies; returns the exit code."""
         del arguments
+        print(
+            "lehr study figure1       gap of the bound on linear regression against the number of steps, and its rates"
+        )
         print("lehr study figure2 RUN   likelihood of a trained run by IWAE, AIS, HAIS and DAIS against gradients")
+        print("lehr study gradient-noise  gap of the bound against data touched, with mini-batches and what helps")
         print("lehr study sticking      variance of the gradient rules along training, down to the exact posterior")
         return 0

@@ -40,11 +40,11 @@ def propagate(
     betas: Float[Array, " num_steps"],
     h: Float[Array, "num_steps d"],
     gammas: Float[Array, " num_steps"],
-) -> tuple[Moments, Float[Array, ""]]:
-    """The moments after all steps, and the sum of E[|u_hat|^2 - |u|^2] / 2."""
+) -> tuple[Moments, Float[Array, ""], Float[Array, ""]]:
+    """The moments after all steps, the sum of E[|u_hat|^2 - |u|^2] / 2, and that of its terms' magnitudes."""
 
     def step(carry, inputs):
-        (x, u, xx, xu, uu), kinetic = carry
+        (x, u, xx, xu, uu), kinetic, moved = carry
         beta, h, gamma = inputs
         half = h[:, None] / 2
         # x_half = x + (h/2) u
@@ -58,7 +58,7 @@ def propagate(
         grown = pull @ xx @ pull.T - turn - turn.T
         if noise is not None:
             grown = grown + beta**2 * h[:, None] * noise.at(x, xx) * h
-        kinetic += (jnp.sum(change * (2 * u + change)) + jnp.trace(grown)) / 2
+        gained = (jnp.sum(change * (2 * u + change)) + jnp.trace(grown)) / 2
         u, uu, xu = u + change, uu + grown, xu - xx @ pull.T
         # x' = x_half + (h/2) u_hat
         x = x + h / 2 * u
@@ -66,9 +66,9 @@ def propagate(
         xu = xu + half * uu
         # u' = gamma u_hat + sqrt(1 - gamma^2) xi
         refreshed = gamma**2 * uu + (1 - gamma**2) * jnp.eye(len(u))
-        return (Moments(x, gamma * u, xx, gamma * xu, refreshed), kinetic), None
+        return (Moments(x, gamma * u, xx, gamma * xu, refreshed), kinetic + gained, moved + jnp.abs(gained)), None
 
-    return jax.lax.scan(step, (start, jnp.zeros(())), (betas, h, gammas))[0]
+    return jax.lax.scan(step, (start, jnp.zeros(()), jnp.zeros(())), (betas, h, gammas))[0]
 
 
 #: Of problems of one dimension each, along the leading axis. (The compiler makes products of what are 1 x 1 matrices.)
