@@ -107,7 +107,7 @@ def dais_gap(
             moments, kinetic, moved = _by_direction(regression, betas[1:], h, gammas, directions)
     gap = _gap(regression, moments, kinetic, np.broadcast_to(scale, (d,)))
     # Multiplicative noise amplifies second moments, step by step; the parts of a gap then cancel to less than rounding.
-    if not 1e-15 * moved < 1e-6 * max(1.0, gap.total):
+    if not moved < min(1e9 * max(1.0, gap.total), 1e15):
         raise InputError(
             f"the noise makes the second moments of the chain diverge (energies of {moved:.1g} nats): give a smaller "
             "step_size, or larger batches"
