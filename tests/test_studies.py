@@ -177,3 +177,66 @@ def test_sticking_needs_more_than_a_few_keys(tmp_path, capsys):
         main(["study", "sticking", "--num-keys", "2", "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert "10 keys" in capsys.readouterr().err
+
+
+def test_figure1_says_the_rates(tmp_path, capsys):
+    from lehr.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["study", "figure1", "--max-steps", "1000", "--num-chains", "20", "--out", str(tmp_path), "--json"])
+    assert done.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert matplotlib.image.imread(tmp_path / "figure1.png").shape[2] == 4
+    assert result == json.loads((tmp_path / "figure1.json").read_text())
+    curves = {(row["setting"], row["c"]): row for row in result["curves"]}
+    assert len(curves) == 15
+    # The simulation does not know the closed form.
+    z = [dot["z"] for row in result["curves"] for dot in row["simulated"]]
+    assert len(z) == 45
+    assert max(map(abs, z)) < 6
+    for c in (0.25, 0.5):
+        falling, noisy = curves["persistence 0.9", c], curves["batches of 100", c]
+        assert falling["exact"][-1]["gap"] < 0.2 * falling["exact"][0]["gap"]
+        assert noisy["exact"][-1]["gap"] > 0.5 * noisy["exact"][0]["gap"]
+    assert result["perfect"]["slope"] == pytest.approx(-1, abs=0.2)
+    assert result["least"][-1]["gap"] > 0.9 * result["least"][0]["gap"]
+    assert result["predicted"]["predicted"] == pytest.approx(result["predicted"]["exact"], rel=0.1)
+
+
+def test_gradient_noise_ranks_the_remedies(tmp_path, monkeypatch):
+    from lehr.cli import main
+    from lehr.studies import gradient_noise
+
+    monkeypatch.setattr(gradient_noise, "_PASSES", (4,))
+    monkeypatch.setattr(gradient_noise, "_FACTORS", np.array([0.05, 0.3]))
+    with pytest.raises(SystemExit) as done:
+        main(["study", "gradient-noise", "--num-data", "1000", "--num-chains", "20", "--out", str(tmp_path)])
+    assert done.value.code == 0
+    result = json.loads((tmp_path / "gradient-noise.json").read_text())
+    assert matplotlib.image.imread(tmp_path / "gradient-noise.png").shape[2] == 4
+    gaps = {(row["setting"], row["method"]): row for row in result["rows"]}
+    assert len(gaps) == 12
+    for setting in ("linear", "logistic"):
+        assert gaps[setting, "control variate, order 1"]["gap"] < 0.5 * gaps[setting, "batches of 100"]["gap"]
+    assert gaps["linear", "surrogate"]["gap"] < 0.3 * gaps["linear", "batches of 100"]["gap"]
+    for row in result["rows"]:
+        if row["exact"] is not None:
+            assert abs(row["gap"] - row["exact"]) < 6 * row["error"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["figure1", "--max-steps", "10"],
+        ["figure1", "--num-chains", "1"],
+        ["gradient-noise", "--num-data", "10"],
+        ["gradient-noise", "--num-chains", "1"],
+    ],
+)
+def test_studies_of_regression_want_enough(arguments, capsys):
+    from lehr.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["study", *arguments])
+    assert done.value.code == 2
+    assert "give larger numbers" in capsys.readouterr().err

@@ -170,6 +170,26 @@ def test_expansions_are_what_they_say(x64):
         np.testing.assert_allclose(total, target.log_likelihood(x), rtol=1e-12)
 
 
+def test_the_likelihood_ratio_of_batches_is_unbiased(key):
+    x, target = jnp.array([0.7, 0.1]), of_classes(1).around(jnp.array([0.2, -0.2]))
+    truth = float(jnp.exp(target(x) - target.surrogate(x)))
+    assert abs(truth - 1) > 0.03
+    for size, rate in ((4, 2.0), (1, 5.0)):
+        ratio = functools.partial(target.likelihood_ratio, x=x, batch_size=size, rate=rate)
+        found = jax.jit(jax.vmap(lambda key, ratio=ratio: ratio(key)))(jax.random.split(key, 20_000))
+        assert np.std(found) < 5
+        assert abs(z_score(found, truth)) < THRESHOLD
+        assert abs(z_score(found, 1.0)) > THRESHOLD
+    # Chains to the surrogate, corrected by it, have weights of mean Z.
+    key_run, key_ratio = jax.random.split(key)
+    run = lehr.anneal(key_run, annealer(), target.surrogate, 20_000)
+    keys = jax.random.split(key_ratio, 20_000)
+    ratios = jax.vmap(lambda key, x: target.likelihood_ratio(key, x, batch_size=20, rate=4.0))(keys, run.positions)
+    weights = np.exp(np.asarray(run.log_weights, np.float64) - log_evidence_of_classes()) * np.asarray(ratios)
+    assert weights.std() < 10
+    assert abs(z_score(weights, 1.0)) < THRESHOLD
+
+
 def test_gradients_are_those_of_the_same_batches(key, x64):
     target, start = of_classes(5).around(jnp.zeros(D), order=1), annealer(persistence=0.5)
 
@@ -238,6 +258,10 @@ BAD = {
     "batch of none": lambda: of_classes(0),
     "no batch": lambda: of_classes(()),
     "surrogate of nothing": lambda: of_classes(1).with_batches(0),
+    "no surrogate": lambda: of_classes(1).surrogate(jnp.zeros(D)),
+    "rate": lambda: (
+        of_classes(1).around(jnp.zeros(D)).likelihood_ratio(jax.random.key(0), jnp.zeros(D), batch_size=1, rate=0.0)
+    ),
     "order": lambda: of_classes(1).around(jnp.zeros(D), order=3),
     "no expansion": lambda: of_classes(1).around(jnp.full(D, jnp.nan)),
     "not a scalar": lambda: Subsampled(jnp.sum, lambda x, datum: datum * x, np.ones((3, D)), 1)(jnp.zeros(D)),

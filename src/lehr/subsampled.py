@@ -174,6 +174,62 @@ class Subsampled(eqx.Module):
             return value
         return value - self.taylor.of_one(lambda x: self._of_one(x, datum), x)
 
+    def surrogate(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
+        """log_prior(x) + sum_i t_i(x): no data are touched.
+
+        Raises `lehr.errors.InputError` without `around`.
+        """
+        return self.log_prior(x) + self._expansions().total(x)
+
+    def likelihood_ratio(
+        self, key: PRNGKeyArray, x: Float[Array, " dim"], *, batch_size: int, rate: float = 2.0
+    ) -> Float[Array, ""]:
+        """An unbiased estimate of f(x) / exp(surrogate(x)) from some batches of data: a weight's exact correction.
+
+            prod_{j <= J} (1 + D_j / rate),    J ~ Poisson(rate),    D_j = (n / B) sum_{i in batch j} r_i(x),
+
+        r_i = log p(y_i | .) - t_i; its mean is that of the terms E[D]^j / j!, exp(sum_i r_i(x)). So chains that are
+        annealed to the surrogate, which touch no data, have weights whose mean is Z after multiplication with this. It
+        may be negative, and is of use where D_j spreads by less than the rate: near the reference.
+
+        Arguments:
+            key: a PRNG key.
+            x: `(dim,)`.
+            batch_size: B, of each batch.
+            rate: the expected number of batches, positive.
+
+        Returns the ratio, not its logarithm.
+
+        **Gradient**: of the estimate, for the given batches.
+
+        Raises `lehr.errors.InputError` without `around`, or for a batch size or rate out of range.
+
+        Source: Beskos, Papaspiliopoulos, Roberts, Fearnhead 2006 (the Poisson estimator); Quiroz, Tran, Villani, Kohn,
+        Dang 2021 (for subsampled likelihoods).
+        """
+        self._expansions()
+        _batch_sizes(batch_size, self.num_data, smallest=1)
+        if not rate > 0:
+            raise InputError(f"the rate of batches must be positive, but it is {rate}")
+        key_count, key_data = jax.random.split(key)
+        # More batches than this have probability below 1e-12.
+        most = int(rate + 10 * rate**0.5 + 15)
+        count = jax.random.poisson(key_count, rate)
+
+        def factor(key):
+            residuals = jax.vmap(lambda datum: self.residual(x, datum))(
+                self.some(key, batch_size, replace=self.replace)
+            )
+            return 1 + jnp.sum(residuals) * (self.num_data / batch_size) / rate
+
+        factors = jax.lax.map(factor, jax.random.split(key_data, most))
+        return jnp.prod(jnp.where(jnp.arange(most) < count, factors, 1)).astype(x.dtype)
+
+    def _expansions(self) -> Taylor:
+        if self.taylor is None:
+            raise InputError("there is no surrogate without expansions: make them with Subsampled.around")
+        return self.taylor
+
     def on(self, key: PRNGKeyArray, part: Int[Array, ""]) -> "OnBatch":
         """log f as seen by a step in a part of the path, with the batch that is drawn with `key`."""
         return OnBatch(self, key, part)

@@ -40,7 +40,7 @@ def figure1(options: "Figure1") -> int:
         raise InputError("figure1 needs at least 2 chains and 1,000 steps: give larger numbers")
     console = Console(stderr=True)
     regression = problem(options.seed)
-    counts = [k for k in np.unique(np.rint(10 ** np.arange(1, 8.01, 0.5)).astype(int)) if k <= options.max_steps]
+    counts = [k for k in (round(10 ** (i / 2)) for i in range(2, 17)) if k <= options.max_steps]
     curves = [curve(regression, setting, c, counts, options.num_chains) for setting in SETTINGS for c in EXPONENTS]
     result = {
         "num_data": _NUM_DATA,
@@ -91,7 +91,7 @@ def curve(
     simulated = (10, 100, 1000, 10_000) if batch_size is None else (10, 100, 1000)
     exact, dots = [], []
     # A step with batches is a hundred times the work of one direction at a time.
-    for k in (int(k) for k in counts if noise is None or k <= 100_000):
+    for k in (k for k in counts if noise is None or k <= 100_000):
         path, size = np.linspace(0, 1, k + 1), step_size(regression, k, c, first)
         gap = dais_gap(regression, path, size, persistence=persistence, noise=noise)
         exact.append(
@@ -139,7 +139,7 @@ def _slope(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _perfect(regression: LinearRegression, counts: Sequence[int]) -> dict[str, Any]:
-    rows = [{"num_steps": int(k), "gap": perfect_gap(regression, np.linspace(0, 1, int(k) + 1))} for k in counts]
+    rows = [{"num_steps": k, "gap": perfect_gap(regression, np.linspace(0, 1, k + 1))} for k in counts]
     slope, error = _slope(rows[-5:])
     return {"theory": -1.0, "slope": slope, "slope_error": error, "exact": rows}
 
@@ -149,7 +149,7 @@ def least(regression: LinearRegression, counts: Sequence[int]) -> list[dict[str,
     noise = MiniBatchNoise.of(regression, 100)
     sizes = step_size(regression, 10, 0.0, 1.0) * np.geomspace(3e-4, 0.1, 11)
     rows = []
-    for k in map(int, counts):
+    for k in counts:
         path = np.linspace(0, 1, k + 1)
         gaps = {}
         for name, which in (("gap", noise), ("without_noise", None)):
