@@ -5,11 +5,15 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lehr import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+GRADIENT_NOISE = (Path(__file__).parents[1] / "docs" / "gradient-noise.md").read_text()
 TRAINING = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 
 
@@ -42,6 +46,32 @@ def test_the_block_of_the_page_on_training_runs_and_prints_the_truth_that_it_sta
     assert truth - 0.4 < trained < truth + 0.1
     assert 0 < error < 0.05
     assert abs(estimate - truth) < 5 * error
+
+
+def test_the_block_of_the_page_on_gradient_noise_warns_and_mends(capsys):
+    block = "".join(re.findall(r"```python\n(.*?)```", GRADIENT_NOISE, flags=re.DOTALL))
+    with pytest.warns(RuntimeWarning, match="lower the bound") as caught:
+        exec(compile(block, "gradient-noise.md", "exec"), {"__name__": "gradient-noise"})
+    predicted = float(re.search(r"by about (\S+) \+-", str(caught[0].message)).group(1))
+    stated = float(re.search(r"warns: about (\d+) nats", block).group(1))
+    printed = capsys.readouterr().out
+    naive, surrogate = (
+        float(re.search(rf"{name}: +(-\d+\.\d)", printed).group(1)) for name in ("batches", "surrogate")
+    )
+    assert predicted == pytest.approx(stated, rel=0.3)
+    assert surrogate - naive == pytest.approx(predicted, rel=0.3)
+    estimate, error = map(float, re.search(r"log Z = (\S+) \+- (\S+)", printed).groups())
+    # By quadrature, below.
+    assert abs(estimate - _log_evidence_of_the_page(block)) < 5 * error
+
+
+def _log_evidence_of_the_page(block):
+    names = {}
+    exec(compile(block.split("annealer =")[0], "gradient-noise.md", "exec"), names)
+    grid = np.stack(np.meshgrid(np.linspace(0.5, 1.6, 120), np.linspace(-1.1, 0.1, 120), indexing="ij"), -1)
+    values = np.asarray(jax.lax.map(names["target"], jnp.asarray(grid.reshape(-1, 2)), batch_size=240), np.float64)
+    cell = (1.1 / 119) * (1.2 / 119)
+    return float(np.log(np.sum(np.exp(values - values.max())) * cell) + values.max())
 
 
 @pytest.mark.parametrize("command", re.findall(r"^lehr (.*)$", README, flags=re.MULTILINE))

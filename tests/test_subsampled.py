@@ -280,3 +280,13 @@ def test_bad_input_is_one_sentence(name):
     with pytest.raises(InputError) as caught:
         BAD[name]()
     assert "\n" not in str(caught.value)
+
+
+def test_evidence_takes_all_data(key):
+    r = regression()
+    target = Subsampled(r.problem.base.log_prob, log_likelihood, (r.design, r.y), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = lehr.evidence(key, lehr.Problem(r.problem.base, target), max_gradients=200_000, progress=False)
+    assert found.converged
+    assert abs(float(found.log_evidence) - r.log_evidence) < THRESHOLD * float(found.standard_error) + 0.002
