@@ -5,9 +5,9 @@
 
 Each method starts from the mean-field Gaussian that maximises its own bound (the same for all four), is tuned
 (`lehr.tune`), and trained (`lehr.fit`): base, schedule, step sizes by step and dimension, persistence, and the reverse
-drift where there is one. `best` is LDVI from the base that `lehr.evidence` would take,
-trained further by its own bound. The score is the gap to the
-verified log Z of the mean of log w over fresh chains, with its error.
+drift where there is one. With `--refine` a row of UHA or LDVI starts from the trained one with half the steps instead,
+which is to be run in the same call. `best` is LDVI from the base that `lehr.evidence` would take, trained further by
+its own bound. The score is the gap to the verified log Z of the mean of log w over fresh chains, with its error.
 
 K counts gradients of the target along one chain: K drift-kick-drift steps, or K - 1 Langevin steps, which need the
 gradient at both ends. The published rows count steps; their UHA and LDVI take two gradients a step.
@@ -20,6 +20,8 @@ With `--json` every row is written to the file as it ends, and what is there alr
 
 import argparse
 import functools
+import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -208,57 +210,105 @@ def annealer(method: str, problem: Problem, num_gradients: int) -> lehr.Annealer
     return lehr.Annealer(base, lehr.Schedule.linear(num_steps), kernel)
 
 
+def refined(key: Any, annealer: lehr.Annealer, problem: Problem) -> tuple[lehr.Annealer, int]:
+    """One with each step of a trained annealer divided in two, and the gradients that it took.
+
+    What that asks of step sizes, persistence and drift is found on a small grid, by the bound.
+    """
+    increments = jnp.repeat(annealer.schedule.logits, 2)
+    learned = isinstance(annealer.kernel, lehr.LearnedReverse)
+    best: Any = None
+    grid = list(itertools.product((1.0, 0.84, 0.71), (1.0, 0.7, 0.5), (1.0, 0.5) if learned else (1.0,)))
+    for size, power, drift in grid:
+
+        def changed(kernel: Any, size: float = size, power: float = power) -> Any:
+            log_sizes = jnp.repeat(kernel.log_step_size, 2, axis=0) + math.log(size)
+            kernel = eqx.tree_at(lambda k: k.log_step_size, kernel, log_sizes)
+            if getattr(kernel, "logit_persistence", None) is None:
+                return kernel
+            gamma = jnp.repeat(kernel.persistence, 2, axis=0) ** power
+            return eqx.tree_at(lambda k: k.logit_persistence, kernel, jnp.log(gamma) - jnp.log1p(-gamma))
+
+        kernel: Any = annealer.kernel
+        if learned:
+            weaker = eqx.tree_at(
+                lambda d: (d.network.layers[-1], d.linear),
+                kernel.drift,
+                replace_fn=lambda part, drift=drift: jax.tree.map(lambda leaf: drift * leaf, part),
+            )
+            kernel = lehr.LearnedReverse(changed(kernel.kernel), weaker)
+        else:
+            kernel = changed(kernel)
+        candidate = lehr.Annealer(annealer.base, lehr.Schedule(increments), kernel)
+        bound = np.nan_to_num(_bound(key, candidate, problem, 500).mean(), nan=-np.inf)
+        if best is None or bound > best[0]:
+            best = bound, candidate
+    return best[1], len(grid) * 500 * len(increments)
+
+
 def measure(
-    method: str, problems: list[Problem], num_gradients: int, seeds: list[int], num_iterations: int
-) -> list[dict[str, Any]]:
+    method: str,
+    problems: list[Problem],
+    num_gradients: int,
+    seeds: list[int],
+    num_iterations: int,
+    before: list[lehr.Annealer] | None = None,
+) -> tuple[list[dict[str, Any]], list[lehr.Annealer]]:
     """Tunes, trains and scores an annealer for each seed, all at once where their problems are alike.
+
+    With `before`, trained annealers of half as many steps, these are refined in place of tuning.
 
     The seeds have keys, optimisers and updates of their own, so that training them together changes no number but the
     iterate that `lehr.fit` takes in the end, and how much it skips.
     """
     same = all(problem is problems[0] for problem in problems)
     if not same and not alike(problems):
-        pairs = zip(problems, seeds)
-        return [row for p, seed in pairs for row in measure(method, [p], num_gradients, [seed], num_iterations)]
+        each = [
+            measure(method, [p], num_gradients, [seed], num_iterations, None if before is None else [before[i]])
+            for i, (p, seed) in enumerate(zip(problems, seeds))
+        ]
+        return [rows[0] for rows, _ in each], [trained[0] for _, trained in each]
     started = time.perf_counter()
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
-    starts = [
-        lehr.tune(key[0], annealer(method, problem, num_gradients), problem.log_target)
-        for key, problem in zip(keys, problems)
-    ]
+    if before is None:
+        starts = [
+            lehr.tune(key[0], annealer(method, problem, num_gradients), problem.log_target)
+            for key, problem in zip(keys, problems)
+        ]
+    else:
+        starts = [refined(key[0], coarse, problem) for key, coarse, problem in zip(keys, before, problems)]
     trained = lehr.fit(
         keys[0][1],
         LogWeight(problems[0].log_target if same else stacked([p.log_target for p in problems]), same),
-        stacked([start.annealer for start in starts]),
+        stacked([start for start, _ in starts]),
         # Short runs start where tuning ended, and stay near.
         of_each(optimiser(min(1e-2, 1e-5 * num_iterations), num_iterations)),
         num_iterations,
         progress=False,
     )
-    rows = []
-    for i, (seed, key, problem, start) in enumerate(zip(seeds, keys, problems, starts)):
+    rows, chosen = [], []
+    for i, (seed, key, problem, (start, spent)) in enumerate(zip(seeds, keys, problems, starts)):
         own = jax.tree.map(lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, trained.params)  # noqa: B023
         # Short training may lose what tuning had: chosen on chains of its own, and scored on others.
         key_choose, key_score = jax.random.split(key[2])
-        better = max((start.annealer, own), key=lambda which: _bound(key_choose, which, problem).mean())
+        better = max((start, own), key=lambda which: _bound(key_choose, which, problem).mean())
         scores = {}
-        for stage, which in (("tuned", start.annealer), ("bound", better)):
+        for stage, which in (("tuned", start), ("bound", better)):
             log_weights = _bound(key_score, which, problem)
             scores[stage], scores[stage + "_error"] = log_weights.mean(), log_weights.std() / len(log_weights) ** 0.5
-        rows.append(
-            {"seed": seed} | scores | {"training": num_iterations * _BATCH * num_gradients + start.num_gradients}
-        )
+        rows.append({"seed": seed} | scores | {"training": num_iterations * _BATCH * num_gradients + spent})
+        chosen.append(better)
     common = {
         "skipped": int(trained.num_skipped),
         "warnings": list(trained.warnings),
         "seconds": (time.perf_counter() - started) / len(seeds),
     }
-    return [row | common for row in rows]
+    return [row | common for row in rows], chosen
 
 
-def _bound(key: Any, annealer: lehr.Annealer, problem: Problem) -> np.ndarray:
+def _bound(key: Any, annealer: lehr.Annealer, problem: Problem, num_particles: int = 4000) -> np.ndarray:
     """Log weights, whose mean is the bound."""
-    return np.asarray(lehr.anneal(key, annealer, problem.log_target, 4000).log_weights, np.float64)
+    return np.asarray(lehr.anneal(key, annealer, problem.log_target, num_particles).log_weights, np.float64)
 
 
 def cell(rows: list[dict[str, Any]], truth: float) -> str:
@@ -329,6 +379,7 @@ def main() -> int:
     parser.add_argument("--gradients", nargs="+", type=int, choices=GRADIENTS, default=list(GRADIENTS), metavar="K")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--iterations", type=int, default=2000, help="of training, for each row")
+    parser.add_argument("--refine", action="store_true", help="UHA, LDVI: start from the row with half the steps")
     parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
     parser.add_argument("--plot", type=Path, help="a PNG of the gaps")
     parser.add_argument("--show", action="store_true", help="measure nothing: show what is in the file")
@@ -340,6 +391,7 @@ def main() -> int:
     for name in options.targets if not options.show else []:
         for method in options.methods:
             bases: dict[int, tuple[Problem, str, int]] = {}
+            before: dict[int, lehr.Annealer] = {}
             for k in options.gradients:
                 missing = [
                     seed
@@ -352,10 +404,16 @@ def main() -> int:
                     if seed not in bases:
                         bases[seed] = best_base(name, seed) if method == "best" else mean_field(name)
                 kind = "LDVI" if method == "best" else method
-                found = measure(kind, [bases[seed][0] for seed in missing], k, missing, options.iterations)
+                coarse = [before[seed] for seed in missing] if all(seed in before for seed in missing) else None
+                problems = [bases[seed][0] for seed in missing]
+                found, trained = measure(kind, problems, k, missing, options.iterations, coarse)
+                # A Langevin chain of K gradients has K - 1 steps: it is not twice another.
+                if options.refine and kind in ("UHA", "LDVI"):
+                    before = dict(zip(missing, trained))
                 for row in found:
                     _, base, fitting = bases[row["seed"]]
                     what = {"target": name, "method": method, "gradients": k, "iterations": options.iterations}
+                    what["refined"] = coarse is not None
                     rows.add(what | {"base": base, "fitting": fitting} | row)
                 jax.clear_caches()
     show(console, rows, options.targets, options.gradients)
