@@ -110,6 +110,15 @@ def test_moments_and_bound_are_those_of_equation_16(correlated, gamma, scale):
         assert gap.bound == pytest.approx(bound, abs=1e-9)
 
 
+def test_shapes_of_parameters_that_mean_the_same_agree():
+    r = regression(correlated=False)
+    one = dais_gap(r, betas(9), 0.3, persistence=0.7, momentum_scale=1.5).total
+    for sizes in (np.full(3, 0.3), np.full((9, 1), 0.3), np.full((9, 3), 0.3)):
+        for gamma in (np.full(9, 0.7), np.full((9, 1), 0.7)):
+            same = dais_gap(r, betas(9), sizes, persistence=gamma, momentum_scale=np.full(3, 1.5)).total
+            assert same == pytest.approx(one, rel=1e-12)
+
+
 def test_one_direction_at_a_time_is_all_at_once():
     # Noise of no size makes it take the other way.
     r = regression(correlated=False)
@@ -118,6 +127,21 @@ def test_one_direction_at_a_time_is_all_at_once():
         slow = dais_gap(r, betas(9), sizes, persistence=0.7, noise=AdditiveNoise(np.zeros((3, 3))))
         np.testing.assert_allclose(fast.covariance, slow.covariance, rtol=1e-10, atol=1e-13)
         assert fast.total == pytest.approx(slow.total, rel=1e-10)
+
+
+def test_rounding_does_not_grow_in_long_chains():
+    """An antisymmetric part of a covariance would: both ways must agree after many steps near the limit."""
+    for seed, correlated in ((0, False), (1, True)):
+        r = regression(seed, correlated=correlated)
+        limit = 2 / np.sqrt(np.linalg.eigvalsh(r.precision())[-1])
+        coarse, fine = (dais_gap(r, np.linspace(0, 1, k + 1), 0.8 * limit, persistence=0.5) for k in (3000, 12_000))
+        # The gap falls as 1/K, to the leapfrog's own error.
+        assert 0 < fine.total < coarse.total < 1
+        np.testing.assert_allclose(fine.covariance, fine.covariance.T, atol=1e-14)
+        zero = AdditiveNoise(np.zeros((3, 3)))
+        slow = dais_gap(r, np.linspace(0, 1, 12_001), 0.8 * limit, persistence=0.5, noise=zero)
+        assert slow.total == pytest.approx(fine.total, rel=1e-6)
+        np.testing.assert_allclose(slow.covariance, fine.covariance, atol=1e-10)
 
 
 def test_the_engine_agrees_at_ten_random_settings():
@@ -246,6 +270,11 @@ BAD = {
     "batch over n": lambda: MiniBatchNoise.of(regression(), 31),
     "noise shape": lambda: AdditiveNoise(np.ones(3)),
     "noise sign": lambda: AdditiveNoise(-np.eye(2)),
+    "noise of nothing": lambda: AdditiveNoise(np.zeros((0, 0))),
+    "small and not symmetric": lambda: AdditiveNoise(np.array([[3e-9, 2e-9], [-2e-9, 3e-9]])),
+    "noise scale too small": lambda: LinearRegression(np.eye(2), np.ones(2), 1e-200),
+    "noise of others": lambda: dais_gap(regression(), betas(3), 0.1, noise=MiniBatchNoise.of(regression(d=2), 3)),
+    "persistence shape": lambda: dais_gap(regression(), betas(3), 0.1, persistence=np.zeros(7)),
     "noise dimension": lambda: dais_gap(regression(), betas(3), 0.1, noise=AdditiveNoise(np.eye(2))),
 }
 
@@ -273,4 +302,5 @@ def test_noise_that_makes_moments_diverge_is_told():
     """Beyond a step size that the mini-batches set, second moments grow without end."""
     r = regression(correlated=False)
     with pytest.raises(InputError, match="diverge"):
-        dais_gap(r, np.linspace(0, 1, 10_001), 0.3, noise=MiniBatchNoise.of(r, 5))
+        dais_gap(r, np.linspace(0, 1, 2001), 0.5, noise=MiniBatchNoise.of(r, 1))
+    assert dais_gap(r, np.linspace(0, 1, 2001), 0.1, noise=MiniBatchNoise.of(r, 1)).total > 0

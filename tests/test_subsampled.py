@@ -217,6 +217,42 @@ def test_the_predicted_gap_is_the_measured_one(replace, persistence, key):
     assert predicted.value == pytest.approx(exact[0] - exact[1], rel=0.1)
 
 
+@pytest.mark.parametrize("num_leapfrog", [1, 4])
+def test_the_predicted_gap_is_that_of_several_leapfrogs(num_leapfrog, key):
+    """Simulated: with batches, less without."""
+    r, num_steps = regression(200), 60
+    step_size = 0.2 * 2 / np.sqrt(np.linalg.eigvalsh(r.precision())[-1])
+    kernel = lehr.Hamiltonian(step_size, num_leapfrog=num_leapfrog)
+    target, start = of_regression(r, 20), annealer(num_steps, kernel=kernel)
+    bounds = [lehr.anneal(key, start, f, 4000).log_weights.mean() for f in (lambda x: target(x), target)]
+    predicted = noise_gap(key, start, target, num_particles=128)
+    assert predicted.value == pytest.approx(float(bounds[0] - bounds[1]), rel=0.15)
+
+
+def test_batches_without_replacement_are_all_sets(key):
+    target = Subsampled(jnp.sum, unit, np.arange(5.0)[:, None], 3, replace=False)
+    drawn = jax.vmap(lambda key: target.some(key, 3, replace=False))(jax.random.split(key, 3000))
+    sets, counts = np.unique(np.sort(np.asarray(drawn)[..., 0], axis=1), axis=0, return_counts=True)
+    assert len(sets) == 10
+    assert np.all(np.abs(counts - 300) < THRESHOLD * np.sqrt(300))
+    assert all(len(set(row)) == 3 for row in sets)
+
+
+def test_a_reference_of_another_precision_will_do(x64):
+    x, target = jnp.array([0.4, -0.2]), of_classes(3)
+    datum = jax.tree.map(lambda leaf: leaf[0], target.data)
+    for order in (1, 2):
+        wide, narrow = (target.around(np.array([0.5, -0.25], dtype), order=order) for dtype in (np.float64, np.float32))
+        np.testing.assert_allclose(narrow.residual(x, datum), wide.residual(x, datum), rtol=1e-6)
+    np.testing.assert_allclose(*(target.around(np.array([1, 0], kind)).surrogate(x) for kind in (int, float)))
+
+
+def test_neither_data_nor_expansions_are_trained(key):
+    start, target = annealer(), of_classes(5).around(jnp.zeros(D))
+    gradient = eqx.filter_grad(lambda t: lehr.objectives.davi(start, t, key, num_particles=2))(target)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves((gradient.data, gradient.taylor)))
+
+
 def test_parts_of_the_path_have_their_own_batches(key):
     def gap(batch_size):
         return noise_gap(key, annealer(20, 0.1), of_classes(batch_size), num_particles=32).value
@@ -243,10 +279,21 @@ def test_anneal_warns_of_the_gap(key):
         lehr.anneal(key, annealer(), of_classes(2), 4)
         # What has no value yet cannot be measured.
         jax.jit(lambda key: lehr.anneal(key, start, target, 4).log_weights)(key)
+        jax.jit(lambda: lehr.anneal(key, start, target, 4).log_weights)()
+        jax.lax.map(lambda c: c * lehr.anneal(key, start, target, 4).log_evidence, jnp.ones(2))
+        # All data, or none, make no noise.
+        everything = Subsampled(target.log_prior, bernoulli, target.data, N, replace=False)
+        lehr.anneal(key, start, everything, 4)
+    with pytest.warns(RuntimeWarning, match="leave the finite numbers"):
+        lehr.anneal(key, annealer(60, 30.0), target, 4)
 
 
 def unit(x, datum):
     return datum @ x
+
+
+def gap_in_jit(start, target):
+    jax.jit(lambda: noise_gap(jax.random.key(0), start, target).value)()
 
 
 BAD = {
@@ -265,6 +312,17 @@ BAD = {
     "order": lambda: of_classes(1).around(jnp.zeros(D), order=3),
     "no expansion": lambda: of_classes(1).around(jnp.full(D, jnp.nan)),
     "not a scalar": lambda: Subsampled(jnp.sum, lambda x, datum: datum * x, np.ones((3, D)), 1)(jnp.zeros(D)),
+    "words": lambda: Subsampled(jnp.sum, unit, np.array(["a", "b"]), 1),
+    "whole numbers that do not fit": lambda: Subsampled(jnp.sum, unit, np.full((3, 2), 3_000_000_000), 1),
+    "reference of another shape": lambda: of_classes(1).around(jnp.zeros((1, D))),
+    "reference of another dimension": lambda: (
+        Subsampled(jnp.sum, lambda x, y: -jnp.sum((x - y) ** 2), np.ones((3, 1)), 1)
+        .around(jnp.zeros(1))
+        .surrogate(jnp.zeros(2))
+    ),
+    "fewer steps than batches": lambda: lehr.anneal(jax.random.key(0), annealer(1), of_classes((1, 2)), 2),
+    "dreg": lambda: lehr.objectives.davi_dreg(annealer(), of_classes(1), jax.random.key(0), num_particles=2),
+    "gap inside of jit": functools.partial(gap_in_jit, annealer(), of_classes(1)),
     "langevin": lambda: lehr.anneal(jax.random.key(0), annealer(kernel=lehr.Langevin(0.1)), of_classes(1), 2),
     "reversible": lambda: lehr.anneal(jax.random.key(0), annealer(4, 0.1, 0.9), of_classes(1), 2, memory="reversible"),
     "gap of all data": lambda: noise_gap(jax.random.key(0), annealer(), jnp.sum),

@@ -1,5 +1,6 @@
 """How much of the bound mini-batches cost, predicted from the noise of their gradients."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -10,8 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealer import Annealer, base_draws, prepare
 from lehr.chunked_scan import scan_with_noise
-from lehr.errors import InputError
-from lehr.kernels import Hamiltonian, LearnedReverse
+from lehr.errors import InputError, check_whole
 from lehr.numerics import is_concrete
 from lehr.path import LogDensity
 from lehr.subsampled import MiniBatches, Subsampled
@@ -37,7 +37,10 @@ def noise_gap(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, *, 
     and what a chain lags behind its path of order K^(2c - 1): the product does not depend on K, and their sum
     has a floor (theorem 2).
 
-    C_k is measured where the chains are, from two more data a step: half their squared difference, times n^2 / B.
+    It is measured where the chains are: two batches take each step from the same state, and differ in the momentum and
+    position that they lead to; half the mean square of that, as energy, is what a step's noise adds. (For one leapfrog
+    that is the term above and the next order; for several it holds while l h is within a period of the fastest
+    direction.) It costs four gradients a step.
 
     Arguments:
         key: a PRNG key.
@@ -57,26 +60,37 @@ def noise_gap(key: PRNGKeyArray, annealer: Annealer, log_target: LogDensity, *, 
         raise InputError(f"noise_gap needs a lehr.Subsampled target, not a {type(log_target).__name__}")
     if annealer.kernel.exact:
         raise InputError("noise_gap is for uncorrected kernels: a lehr.Metropolis kernel sees all data")
-    if num_particles < 2:
-        raise InputError(f"noise_gap needs at least 2 particles for its error, but num_particles is {num_particles}")
+    check_whole("num_particles", num_particles, 2)
     gaps = _gaps(key, annealer, log_target, num_particles)
-    return NoiseGap(float(jnp.mean(gaps)), float(jnp.std(gaps, ddof=1)) / num_particles**0.5)
+    if not is_concrete(gaps):
+        raise InputError("noise_gap gives numbers, not arrays: call it outside of jax.jit and other transformations")
+    return _with_error(gaps)
 
 
 def warn_of_noise(key: PRNGKeyArray, annealer: Annealer, log_target: Subsampled) -> None:
     """Warns of a gap that is worth it, where the arguments have values, and the target wants it checked."""
     known = all(map(is_concrete, jax.tree.leaves((key, annealer, log_target))))
-    if annealer.kernel.exact or not log_target.check or not known:
+    if annealer.kernel.exact or not log_target.check or not log_target.is_noisy or not known:
         return
-    gap = noise_gap(jax.random.fold_in(key, 0), annealer, log_target)
-    if gap.value > _WORTH_A_WARNING:
-        warnings.warn(
+    gaps = _gaps(jax.random.fold_in(key, 0), annealer, log_target, 16)
+    if not is_concrete(gaps):  # inside of a transformation that none of the arguments shows
+        return
+    gap = _with_error(gaps)
+    if not math.isfinite(gap.value):
+        text = "chains with these steps and mini-batches leave the finite numbers: give smaller steps"
+    elif gap.value > _WORTH_A_WARNING:
+        text = (
             f"mini-batches of {_in_words(log_target.batch_sizes)} of {log_target.num_data} data lower the bound by "
             f"about {gap.value:.3g} +- {gap.error:.1g} nats, and more steps do not mend it: use Subsampled.around "
-            "(see docs/gradient-noise.md)",
-            RuntimeWarning,
-            stacklevel=3,
+            "(see docs/gradient-noise.md)"
         )
+    else:
+        return
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _with_error(gaps: Float[Array, " num"]) -> NoiseGap:
+    return NoiseGap(float(jnp.mean(gaps)), float(jnp.std(gaps, ddof=1)) / len(gaps) ** 0.5)
 
 
 def _in_words(sizes: tuple[int, ...]) -> str:
@@ -91,23 +105,23 @@ def _gaps(key: PRNGKeyArray, annealer: Annealer, target: Subsampled, num_particl
     mini_batches = MiniBatches(problem, kernel)
     num_steps, betas = schedule.num_steps, schedule.betas
     stepped, fixed = kernel.split_steps(num_steps, problem.position.shape[0])
-    per_datum = jnp.asarray([_variance_of_batch(target, size) for size in target.batch_sizes], problem.position.dtype)
 
     def noise(key, num_steps):
-        key_steps, key_pairs = jax.random.split(key)
+        key_steps, key_others = jax.random.split(key)
         key_noise, batches = mini_batches.keys(key_steps, num_steps)
-        return kernel.noise(key_noise, num_steps, problem.position), batches, jax.random.split(key_pairs, num_steps)
+        return kernel.noise(key_noise, num_steps, problem.position), batches, jax.random.split(key_others, num_steps)
 
     def step(carry, inputs):
         state, total = carry
-        (beta, stepped, part), (noise, batch, key_pair) = inputs
-        kernel = eqx.combine(stepped, fixed)
-        after = kernel.forwards(mini_batches.at(beta, batch, part), state, noise).state
-        # The gradient was taken half-way.
-        x = (state.point.position + after.point.position) / 2
-        pair = jax.vmap(jax.grad(target.residual), in_axes=(None, 0))(x, target.some(key_pair, 2, replace=True))
-        squares = (_reach(kernel) * (pair[0] - pair[1])) ** 2 / 2
-        return (after, total + beta**2 * per_datum[part] * jnp.sum(squares) / 2), None
+        (beta, stepped, part), (noise, batch, other) = inputs
+        kernel, density = eqx.combine(stepped, fixed), mini_batches.at(beta, batch, part)
+        one = kernel.move(density, state, noise).state
+        two = kernel.move(mini_batches.at(beta, other, part), state, noise).state
+        (x, u), (y, v) = (one.point.position, one.momentum), (two.point.position, two.momentum)
+        # The noise of either is independent: half of the mean square of their difference is its variance.
+        kinetic = jnp.sum((u - v) ** 2) / 2
+        potential = -jnp.sum((x - y) * (density.gradient(x) - density.gradient(y))) / 2
+        return (kernel.refresh(one, noise), total + (kinetic + potential) / 2), None
 
     def chain(key, x):
         key_init, key_noise = jax.random.split(key)
@@ -116,18 +130,3 @@ def _gaps(key: PRNGKeyArray, annealer: Annealer, target: Subsampled, num_particl
         return scan_with_noise(step, noise, start, key_noise, steps, memory=None)[0][1]
 
     return jax.vmap(chain)(*base_draws(key, annealer.base, num_particles))
-
-
-def _variance_of_batch(target: Subsampled, size: int) -> float:
-    """The variance of (n / B) sum_batch over that of one datum."""
-    n = target.num_data
-    if size == 0:
-        return 0.0
-    return n**2 / size * (1.0 if target.replace else (n - size) / max(n - 1, 1))
-
-
-def _reach(kernel: Hamiltonian | LearnedReverse) -> Array:
-    """l h: how far a constant force moves the momentum in a step."""
-    move = kernel.kernel if isinstance(kernel, LearnedReverse) else kernel
-    assert isinstance(move, Hamiltonian)
-    return move.num_leapfrog * move.h

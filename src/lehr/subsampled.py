@@ -8,9 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from scipy.stats import poisson
 
-from lehr.errors import InputError
+from lehr.errors import InputError, check_whole
 from lehr.kernels import AbstractKernel, Hamiltonian, LearnedReverse
 from lehr.numerics import is_concrete, stop_gradient
 from lehr.path import LogDensity, Problem, Tempered
@@ -32,22 +33,31 @@ class Taylor(eqx.Module):
     curvature: Float[Array, "dim dim"] | None
 
     def total(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
-        """sum_i t_i(x): no data are touched."""
-        delta = x - self.reference
-        linear = self.value + self.slope @ delta
-        return linear if self.curvature is None else linear + delta @ self.curvature @ delta / 2
+        """sum_i t_i(x): no data are touched.
+
+        Raises `lehr.errors.InputError` for a position of another dimension than the reference.
+        """
+        if x.shape != self.reference.shape:
+            raise InputError(
+                f"the reference of the expansions has shape {self.reference.shape}, but a position has {x.shape}"
+            )
+        taylor = stop_gradient(self)
+        delta = x - taylor.reference
+        linear = taylor.value + taylor.slope @ delta
+        return linear if taylor.curvature is None else linear + delta @ taylor.curvature @ delta / 2
 
     def of_one(self, function: LogDensity, x: Float[Array, " dim"]) -> Float[Array, ""]:
         """t_i(x), with log p(y_i | .) for `function`."""
-        delta = x - self.reference
+        reference = jax.lax.stop_gradient(self.reference).astype(jnp.result_type(x, self.reference))
+        delta = x - reference
 
         def value_and_slope(at):
             return jax.jvp(function, (at,), (delta,))
 
         if self.curvature is None:
-            value, slope = value_and_slope(self.reference)
+            value, slope = value_and_slope(reference)
             return value + slope
-        (value, slope), (_, bend) = jax.jvp(value_and_slope, (self.reference,), (delta,))
+        (value, slope), (_, bend) = jax.jvp(value_and_slope, (reference,), (delta,))
         return value + slope + bend / 2
 
 
@@ -57,29 +67,34 @@ class Subsampled(eqx.Module):
         log f(x) is replaced by  log_prior(x) + (n / B) sum_{i in batch} log p(y_i | x),
 
     with a new batch for every step and particle, the same in a step and in its reverse; the end of a chain sees all
-    data, once. So weights are unbiased for any B, E[w] = Z. But their bound is low, by about
+    data, once. So weights are unbiased for any B, E[w] = Z. But their bound is low, for one leapfrog a step by about
 
         sum_k h_k^2 beta_k^2 tr C_k / 2,        C_k the covariance of the gradient's noise in step k:
 
     h_k^2 K, which mixing needs, does not vanish as the number of steps K grows, and so does not the gap (theorem 2 of
     the paper). `lehr.anneal` warns with that number (`lehr.noise_gap`); docs/gradient-noise.md has the remedies.
 
-    Use it wherever a log density is taken. `lehr.anneal`, `lehr.objectives.davi` and its kin use mini-batches with
-    `lehr.Hamiltonian`, alone or in `lehr.LearnedReverse`; with `lehr.Metropolis`, and in `lehr.evidence`, `lehr.tune`
-    and everywhere else, it is the sum over all data: a correction that sees a part of the data would not be exact.
+    Use it wherever a log density is taken. `lehr.anneal`, and of the objectives `davi`, `davi_stl` and
+    `davi_control_variate`, use mini-batches with `lehr.Hamiltonian`, alone or in `lehr.LearnedReverse`. With
+    `lehr.Metropolis`, and in `lehr.evidence`, `lehr.tune` and everywhere else, it is the sum over all data: a
+    correction that sees a part of the data would not be exact.
 
     Arguments:
         log_prior: maps a position `(dim,)` to a scalar, in nats; normalised, if log Z is to be an evidence.
         log_likelihood_per_datum: maps a position and one datum to a scalar.
         data: an array, or a pytree of arrays, with a leading axis of n data.
         batch_size: B, from 1 to n; or several, for as many equal parts of the path: noise counts times beta^2, so that
-            larger batches belong to its end.
-        replace: whether batches are drawn with replacement. Without, a batch costs of order n to draw.
-        check: whether `lehr.anneal` predicts the gap, with 16 more chains, to warn of it.
+            larger batches belong to its end; parts are of equal numbers of steps, of which there must be as many.
+        replace: whether batches are drawn with replacement. Without, B^2 comparisons are made to draw a batch, but a
+            batch of all n data is all of them.
+        check: whether `lehr.anneal` predicts the gap, with 16 more chains of four gradients a step, to warn of it.
         taylor: expansions to reduce the noise with; `around` makes them.
 
-    **Gradient**: exact for the given batches, and unbiased, over them, for the gradient of E[log w]. Data are not
-    differentiated.
+    Compiled functions are kept by what the two log densities are: give functions, or methods of modules, that are made
+    once, and not lambdas that are made anew for each call.
+
+    **Gradient**: exact for the given batches, and unbiased, over them, for the gradient of E[log w]. Data and
+    expansions are not differentiated.
 
     Raises `lehr.errors.InputError` for no data, leading axes that differ, values that are not finite, or a batch size
     out of range; in use, for a log likelihood of a datum that is no scalar.
@@ -107,7 +122,7 @@ class Subsampled(eqx.Module):
         taylor: Taylor | None = None,
     ):
         self.log_prior, self.log_likelihood_per_datum = log_prior, log_likelihood_per_datum
-        self.data = jax.tree.map(jnp.asarray, data)
+        self.data = jax.tree.map(_array, data)
         self.replace, self.check, self.taylor = replace, check, taylor
         lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(self.data)}
         if len(lengths) != 1 or 0 in lengths:
@@ -124,6 +139,11 @@ class Subsampled(eqx.Module):
         """n."""
         return jax.tree.leaves(self.data)[0].shape[0]
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a step sees less than all data, and needs them."""
+        return any(0 < size < self.num_data or (size == self.num_data and self.replace) for size in self.batch_sizes)
+
     def with_batches(self, batch_size: int | Sequence[int]) -> "Subsampled":
         """The same with other batch sizes; 0, no data at all, is the surrogate of `around` alone.
 
@@ -131,7 +151,7 @@ class Subsampled(eqx.Module):
         """
         return self._but(batch_size, self.taylor)
 
-    def around(self, reference: Float[Array, " dim"], *, order: int = 2) -> "Subsampled":
+    def around(self, reference: ArrayLike, *, order: int = 2) -> "Subsampled":
         """The same with the batch's noise reduced by Taylor expansions around a point, best near the posterior's mode:
 
             sum_i log p(y_i | x)  is replaced by  sum_i t_i(x) + (n / B) sum_{i in batch} [log p(y_i | x) - t_i(x)],
@@ -148,16 +168,18 @@ class Subsampled(eqx.Module):
 
         Source: Baker, Fearnhead, Fox, Nemeth 2019 (gradients); Jankowiak, Phan 2021 (surrogates).
         """
-        if order not in (1, 2):
-            raise InputError(f"the order of the expansions must be 1 or 2, but it is {order}")
+        order = check_whole("the order of the expansions", order, 1, 2)
         reference = jnp.asarray(reference)
+        reference = reference if jnp.issubdtype(reference.dtype, jnp.inexact) else reference.astype(float)
+        if reference.ndim != 1:
+            raise InputError(f"a reference must have the shape (dim,) of a position, but it has {reference.shape}")
         value, slope = jax.value_and_grad(self.log_likelihood)(reference)
         curvature = jax.hessian(self.log_likelihood)(reference) if order == 2 else None
         taylor = Taylor(reference, value, slope, curvature)
         leaves = jax.tree.leaves(taylor)
         if all(map(is_concrete, leaves)) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
             raise InputError("the log likelihood has no finite derivatives at the reference: give another point")
-        return self._but(self.batch_sizes, stop_gradient(taylor))
+        return self._but(self.batch_sizes, taylor)
 
     def __call__(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
         """log f(x), with all data."""
@@ -190,7 +212,8 @@ class Subsampled(eqx.Module):
 
         r_i = log p(y_i | .) - t_i; its mean is that of the terms E[D]^j / j!, exp(sum_i r_i(x)). So chains that are
         annealed to the surrogate, which touch no data, have weights whose mean is Z after multiplication with this. It
-        may be negative, and is of use where D_j spreads by less than the rate: near the reference.
+        may be negative, and is of use where D_j spreads by less than the rate: near the reference. (Compiled code has a
+        fixed size: as many batches are computed, if not used, as J exceeds with probability 1e-12: 18 at a rate of 2.)
 
         Arguments:
             key: a PRNG key.
@@ -208,12 +231,11 @@ class Subsampled(eqx.Module):
         Dang 2021 (for subsampled likelihoods).
         """
         self._expansions()
-        _batch_sizes(batch_size, self.num_data, smallest=1)
-        if not rate > 0:
-            raise InputError(f"the rate of batches must be positive, but it is {rate}")
+        check_whole("batch_size", batch_size, 1, self.num_data)
+        if not (is_concrete(rate) and 0 < rate < 1000):
+            raise InputError(f"the rate of batches must be a number between 0 and 1000, but it is {rate}")
         key_count, key_data = jax.random.split(key)
-        # More batches than this have probability below 1e-12.
-        most = int(rate + 10 * rate**0.5 + 15)
+        most = int(poisson.isf(1e-12, rate))
         count = jax.random.poisson(key_count, rate)
 
         def factor(key):
@@ -236,10 +258,9 @@ class Subsampled(eqx.Module):
 
     def some(self, key: PRNGKeyArray, size: int, *, replace: bool) -> Any:
         """Data drawn at random."""
-        if replace:
-            chosen = jax.random.randint(key, (size,), 0, self.num_data)
-        else:
-            chosen = jax.random.choice(key, self.num_data, (size,), replace=False)
+        if size == self.num_data and not replace:
+            return stop_gradient(self.data)
+        chosen = jax.random.randint(key, (size,), 0, self.num_data) if replace else _distinct(key, self.num_data, size)
         return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[chosen]), self.data)
 
     def _but(self, batch_size: int | Sequence[int], taylor: Taylor | None) -> "Subsampled":
@@ -305,6 +326,11 @@ class MiniBatches:
         """The part of the path, of those with batch sizes of their own, that each step belongs to."""
         if self.target is None:
             return None
+        if len(self.target.batch_sizes) > num_steps:
+            raise InputError(
+                f"there are {len(self.target.batch_sizes)} batch sizes, for as many parts of the path, but {num_steps} "
+                "steps: give fewer, or more steps"
+            )
         return jnp.asarray(np.arange(num_steps) * len(self.target.batch_sizes) // num_steps, jnp.int32)
 
     def at(self, beta: Float[Array, ""], key: PRNGKeyArray | None, part: Int[Array, ""] | None) -> Tempered:
@@ -316,8 +342,32 @@ class MiniBatches:
         return Problem(self.problem.base, self.target.on(key, part)).at(beta)
 
 
+def _array(leaf: Any) -> Array:
+    """Raises `InputError` for what is no array of numbers, and whole numbers that do not fit JAX's default type."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    values = np.asarray(leaf)
+    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool):
+        raise InputError(f"data must be arrays of numbers, but there is one of type {values.dtype}")
+    array = jnp.asarray(values)
+    if np.issubdtype(values.dtype, np.integer) and not np.array_equal(np.asarray(array), values):
+        raise InputError("data have whole numbers beyond 32 bits: make them floats, or switch jax_enable_x64 on")
+    return array
+
+
+def _distinct(key: PRNGKeyArray, n: int, size: int) -> Int[Array, " size"]:
+    """Uniform on sets of `size` of n numbers (their order is not). Source: Floyd, in Bentley 1987."""
+    last = jnp.arange(n - size, n)
+    drawn = jax.random.randint(key, (size,), 0, last + 1)
+
+    def step(i, chosen):
+        return chosen.at[i].set(jnp.where(jnp.any(chosen == drawn[i]), last[i], drawn[i]))
+
+    return jax.lax.fori_loop(0, size, step, jnp.full(size, -1, drawn.dtype))
+
+
 def _batch_sizes(batch_size: int | Sequence[int], num_data: int, *, smallest: int) -> tuple[int, ...]:
-    sizes = tuple(np.atleast_1d(np.asarray(batch_size)).tolist())
-    if not sizes or any(size != int(size) or not smallest <= size <= num_data for size in sizes):
-        raise InputError(f"batch_size must be from {smallest} to the {num_data} data, but it is {batch_size}")
-    return tuple(map(int, sizes))
+    sizes = tuple(batch_size) if isinstance(batch_size, Sequence) and not isinstance(batch_size, str) else (batch_size,)
+    if not sizes:
+        raise InputError("batch_size must be a whole number, or one for each part of the path, but it is empty")
+    return tuple(check_whole("batch_size", size, smallest, num_data) for size in sizes)

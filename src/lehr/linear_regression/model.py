@@ -69,6 +69,8 @@ class LinearRegression:
             raise InputError(
                 f"the {d} columns of the design have rank {rank}: remove the {d - rank} that the others determine"
             )
+        if not np.all(np.isfinite(X.T @ X / np.square(float(noise_scale)))):
+            raise InputError(f"noise_scale = {noise_scale} is too small beside the design: scale both")
         set_ = object.__setattr__  # the instance is frozen
         set_(self, "design", X)
         set_(self, "y", y)
@@ -148,6 +150,11 @@ def _precision(value: ArrayLike, d: int) -> np.ndarray:
     if array.shape not in ((), (d,), (d, d)):
         raise InputError(f"prior_precision must have shape (), ({d},) or ({d}, {d}), but it has {array.shape}")
     matrix = array if array.ndim == 2 else np.diag(np.broadcast_to(array, (d,)))
-    if not (np.all(np.isfinite(matrix)) and np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix)[0] > 0):
+    if not (np.all(np.isfinite(matrix)) and is_symmetric(matrix) and np.linalg.eigvalsh(matrix)[0] > 0):
         raise InputError("prior_precision must be positive: positive numbers, or a symmetric positive definite matrix")
-    return matrix
+    return (matrix + matrix.T) / 2
+
+
+def is_symmetric(matrix: np.ndarray) -> bool:
+    """Up to rounding of its largest entry."""
+    return bool(np.abs(matrix - matrix.T).max() <= 1e-10 * np.abs(matrix).max())

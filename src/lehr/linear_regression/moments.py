@@ -58,11 +58,14 @@ def propagate(
         grown = pull @ xx @ pull.T - turn - turn.T
         if noise is not None:
             grown = grown + beta**2 * h[:, None] * noise.at(x, xx) * h
+        # Rounding leaves an antisymmetric part, which does not follow the chain, and would grow from step to step.
+        grown = (grown + grown.T) / 2
         gained = (jnp.sum(change * (2 * u + change)) + jnp.trace(grown)) / 2
         u, uu, xu = u + change, uu + grown, xu - xx @ pull.T
         # x' = x_half + (h/2) u_hat
         x = x + h / 2 * u
         xx = xx + xu * half.T + half * xu.T + half * uu * half.T
+        xx = (xx + xx.T) / 2
         xu = xu + half * uu
         # u' = gamma u_hat + sqrt(1 - gamma^2) xi
         refreshed = gamma**2 * uu + (1 - gamma**2) * jnp.eye(len(u))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from lehr.errors import InputError
-from lehr.linear_regression.model import LinearRegression
+from lehr.errors import InputError, check_whole
+from lehr.linear_regression.model import LinearRegression, is_symmetric
 
 
 class AdditiveNoise(eqx.Module):
@@ -28,13 +28,16 @@ class AdditiveNoise(eqx.Module):
 
     def __init__(self, covariance: ArrayLike):
         array = np.asarray(covariance, np.float64)
-        if array.ndim != 2 or array.shape[0] != array.shape[1] or not np.all(np.isfinite(array)):
-            raise InputError(
-                f"the covariance of gradient noise must be a finite (d, d), but its shape is {array.shape}"
-            )
-        if not np.allclose(array, array.T) or np.linalg.eigvalsh(array)[0] < -1e-10 * np.abs(array).max():
+        if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size or not np.all(np.isfinite(array)):
+            raise InputError(f"gradient noise must have a finite covariance (d, d), but its shape is {array.shape}")
+        if not is_symmetric(array) or np.linalg.eigvalsh(array)[0] < -1e-10 * np.abs(array).max():
             raise InputError("the covariance of gradient noise must be symmetric, with no negative eigenvalue")
         self.covariance = array
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return len(self.covariance)
 
     def at(self, mean: Float[Array, " d"], covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
         """The expected covariance of the gradient of the log likelihood, for theta of these moments."""
@@ -75,8 +78,7 @@ class MiniBatchNoise(eqx.Module):
         Raises `lehr.errors.InputError` for a batch size that is no whole number from 1 to n.
         """
         n, d = regression.design.shape
-        if batch_size != int(batch_size) or not 1 <= batch_size <= n:
-            raise InputError(f"batch_size must be a whole number from 1 to the {n} data, but it is {batch_size}")
+        check_whole("batch_size", batch_size, 1, n)
         finite = 1.0 if replace else (n - batch_size) / max(n - 1, 1)
         X = regression.design
         reference = np.linalg.lstsq(X, regression.y)[0]
@@ -89,6 +91,11 @@ class MiniBatchNoise(eqx.Module):
             fourth=_fourth_moments(rows) if by_moments else None,
             curvature=X.T @ X / n,
         )
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return len(self.reference)
 
     def at(self, mean: Float[Array, " d"], covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
         """The expected covariance of the gradient of the log likelihood, for theta of these moments."""
@@ -109,10 +116,10 @@ class MiniBatchNoise(eqx.Module):
 
 
 def _fourth_moments(rows: np.ndarray) -> np.ndarray:
-    """The mean of x x^T (x) (x, r) (x, r)^T, in blocks of data that fit a cache."""
+    """The mean of x x^T (x) (x, r) (x, r)^T, in blocks of data of a few megabytes."""
     n, d = len(rows), rows.shape[1] - 1
     total = np.zeros((d * d, (d + 1) ** 2))
-    for block in np.array_split(rows, -(-n // 10_000)):
+    for block in np.array_split(rows, -(-n * (d + 1) ** 2 // 1_000_000)):
         x = block[:, :-1]
         squares = (x[:, :, None] * x[:, None, :]).reshape(len(block), -1)
         total += squares.T @ (block[:, :, None] * block[:, None, :]).reshape(len(block), -1)

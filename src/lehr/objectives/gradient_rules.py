@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.annealer import Annealer, base_draws
 from lehr.annealing import anneal_from
+from lehr.errors import InputError
 from lehr.numerics import stop_gradient
 from lehr.objectives.annealed import refuse_exact
 from lehr.objectives.elbo import draws
 from lehr.path import LogDensity, Problem
 from lehr.reversible import Memory, memory_of
+from lehr.subsampled import Subsampled
 from lehr.weighted import log_mean_exp
 
 
@@ -129,13 +131,15 @@ def davi_dreg(
     **Gradient**: unbiased for the bound in everything. One particle: `davi_stl`. Reverse and forward mode; no second
     derivatives.
 
-    Raises `lehr.errors.InputError` as `davi`.
+    Raises `lehr.errors.InputError` as `davi`, and for a `lehr.Subsampled` target.
 
     Source: Tucker, Lawson, Gu, Maddison 2019, equation (8), for the chain as a function of x_0: docs/gradients.md.
     """
     refuse_exact(annealer)
     # While the persistence may have a value to look at.
     memory = memory_of(memory, annealer.kernel)
+    if isinstance(log_target, Subsampled):
+        raise InputError("davi_dreg has no mini-batches: use lehr.objectives.davi, or give the log density of all data")
     keys, x = base_draws(key, annealer.base, num_particles)
     # What the target closes over is differentiated as its leaves are: a gradient taken here must not be differentiated
     # once more on the way to it.
