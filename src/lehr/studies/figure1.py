@@ -87,8 +87,8 @@ def curve(
     """The gap at every number of steps, simulated at some, and the slope that it ends with."""
     name, persistence, batch_size, first = setting
     noise = None if batch_size is None else MiniBatchNoise.of(regression, batch_size)
-    # Batches take long to draw.
-    simulated = (10, 1000, 10_000) if batch_size is None else (10, 1000)
+    # Each number of steps is a program to compile, and batches take long to draw.
+    simulated = (100, 10_000) if batch_size is None else (100, 1000)
     exact, dots = [], []
     # A step with batches is a hundred times the work of one direction at a time.
     for k in (k for k in counts if noise is None or k <= 100_000):
