@@ -175,8 +175,8 @@ def test_every_public_name_is_there():
         value = getattr(lehr, name)
         assert getattr(value, "__name__", name).rpartition(".")[2] == name
     assert lehr.objectives.davi is importlib.import_module("lehr.objectives").davi
-    with pytest.raises(AttributeError, match="module 'lehr' has no attribute 'annealer'"):
-        _ = lehr.annealer
+    with pytest.raises(AttributeError, match="module 'lehr' has no attribute 'aneal'"):
+        _ = lehr.aneal
     child = in_child("from lehr import *; print(Annealer.__name__, objectives.davi.__name__)")
     assert child.stdout.split() == ["Annealer", "davi"]
 
