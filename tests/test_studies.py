@@ -203,6 +203,7 @@ def test_figure1_says_the_rates(tmp_path, capsys):
     assert result["predicted"]["predicted"] == pytest.approx(result["predicted"]["exact"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_gradient_noise_ranks_the_remedies(tmp_path, monkeypatch):
     from lehr.cli import main
     from lehr.studies import gradient_noise

@@ -340,6 +340,7 @@ def test_bad_input_is_one_sentence(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_evidence_takes_all_data(key):
     r = regression()
     target = Subsampled(r.problem.base.log_prob, log_likelihood, (r.design, r.y), 2)
