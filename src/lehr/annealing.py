@@ -12,10 +12,11 @@ from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.gradient_noise import warn_of_noise
 from lehr.kernels.contract import State
+from lehr.mini_batches import MiniBatches
 from lehr.numerics import compensated_add
 from lehr.path import LogDensity, Problem
 from lehr.reversible import Memory, Reversible, anneal_reversibly, memory_of
-from lehr.subsampled import MiniBatches, Subsampled
+from lehr.subsampled import Subsampled
 from lehr.weighted import WeightedParticles
 
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lehr.annealer import Annealer, base_draws, prepare
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError, check_whole
+from lehr.mini_batches import MiniBatches
 from lehr.numerics import is_concrete
 from lehr.path import LogDensity
-from lehr.subsampled import MiniBatches, Subsampled
+from lehr.subsampled import Subsampled
 
 #: nats
 _WORTH_A_WARNING = 0.05

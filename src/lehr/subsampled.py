@@ -12,53 +12,11 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 from scipy.stats import poisson
 
 from lehr.errors import InputError, check_whole
-from lehr.kernels import AbstractKernel, Hamiltonian, LearnedReverse
 from lehr.numerics import is_concrete, stop_gradient
-from lehr.path import LogDensity, Problem, Tempered
+from lehr.path import LogDensity
+from lehr.taylor import Taylor
 
 PerDatum = Callable[[Array, Any], Array]
-
-
-class Taylor(eqx.Module):
-    """The Taylor expansions t_i of log p(y_i | x) around one x, and their sum: a control variate, or a surrogate.
-
-        t_i(x) = l_i + g_i . delta (+ delta . H_i delta / 2),    delta = x - reference,    l_i = log p(y_i | reference)
-
-    Make it by `Subsampled.around`.
-    """
-
-    reference: Float[Array, " dim"]
-    value: Float[Array, ""]
-    slope: Float[Array, " dim"]
-    curvature: Float[Array, "dim dim"] | None
-
-    def total(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
-        """sum_i t_i(x): no data are touched.
-
-        Raises `lehr.errors.InputError` for a position of another dimension than the reference.
-        """
-        if x.shape != self.reference.shape:
-            raise InputError(
-                f"the reference of the expansions has shape {self.reference.shape}, but a position has {x.shape}"
-            )
-        taylor = stop_gradient(self)
-        delta = x - taylor.reference
-        linear = taylor.value + taylor.slope @ delta
-        return linear if taylor.curvature is None else linear + delta @ taylor.curvature @ delta / 2
-
-    def of_one(self, function: LogDensity, x: Float[Array, " dim"]) -> Float[Array, ""]:
-        """t_i(x), with log p(y_i | .) for `function`."""
-        reference = jax.lax.stop_gradient(self.reference).astype(jnp.result_type(x, self.reference))
-        delta = x - reference
-
-        def value_and_slope(at):
-            return jax.jvp(function, (at,), (delta,))
-
-        if self.curvature is None:
-            value, slope = value_and_slope(reference)
-            return value + slope
-        (value, slope), (_, bend) = jax.jvp(value_and_slope, (reference,), (delta,))
-        return value + slope + bend / 2
 
 
 class Subsampled(eqx.Module):
@@ -298,48 +256,6 @@ class OnBatch(eqx.Module):
         noisy = branches[0](x) if len(branches) == 1 else jax.lax.switch(self.part, branches, x)
         known = target.log_prior(x) if target.taylor is None else target.log_prior(x) + target.taylor.total(x)
         return known + noisy
-
-
-class MiniBatches:
-    """How the steps of a chain see a problem: with a batch each, if its target is `Subsampled`, and else as it is.
-
-    Raises `InputError` for a kernel of which a step and its reverse would see different batches (it keeps gradients).
-    """
-
-    def __init__(self, problem: Problem, kernel: AbstractKernel):
-        self.problem, self.target = problem, None
-        move = kernel.kernel if isinstance(kernel, LearnedReverse) else kernel
-        # An exact kernel sees all data.
-        if isinstance(problem.log_target, Subsampled) and not kernel.exact:
-            if not isinstance(move, Hamiltonian):
-                raise InputError(f"mini-batches need a lehr.Hamiltonian, not a {type(move).__name__}")
-            self.target = problem.log_target
-
-    def keys(self, key: PRNGKeyArray, num_steps: int) -> tuple[PRNGKeyArray, Array | None]:
-        """A key for the noise of the kernel, and one a step for its batch."""
-        if self.target is None:
-            return key, None
-        key_noise, key_batch = jax.random.split(key)
-        return key_noise, jax.random.split(key_batch, num_steps)
-
-    def parts(self, num_steps: int) -> Int[Array, " num_steps"] | None:
-        """The part of the path, of those with batch sizes of their own, that each step belongs to."""
-        if self.target is None:
-            return None
-        if len(self.target.batch_sizes) > num_steps:
-            raise InputError(
-                f"there are {len(self.target.batch_sizes)} batch sizes, for as many parts of the path, but {num_steps} "
-                "steps: give fewer, or more steps"
-            )
-        return jnp.asarray(np.arange(num_steps) * len(self.target.batch_sizes) // num_steps, jnp.int32)
-
-    def at(self, beta: Float[Array, ""], key: PRNGKeyArray | None, part: Int[Array, ""] | None) -> Tempered:
-        """The density that a step sees."""
-        if self.target is None:
-            return self.problem.at(beta)
-        assert key is not None
-        assert part is not None
-        return Problem(self.problem.base, self.target.on(key, part)).at(beta)
 
 
 def _array(leaf: Any) -> Array:
