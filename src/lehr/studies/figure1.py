@@ -50,7 +50,7 @@ def figure1(options: "Figure1") -> int:
         "curves": curves,
         "perfect": _perfect(regression, counts),
         "least": least(regression, [k for k in counts[2::2] if k <= 100_000]),
-        "predicted": predicted(regression, min(10_000, options.max_steps)),
+        "predicted": predicted(regression, 1000),
     }
     with write_faults(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
