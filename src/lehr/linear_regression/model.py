@@ -3,12 +3,10 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from flowjax.distributions import Normal
 from jaxtyping import Array, ArrayLike, Float
 
 from lehr.errors import InputError
@@ -122,11 +120,7 @@ class LinearRegression:
 
         The target is log Z + log p(theta | y), which loses no digits to a log likelihood of thousands of nats.
         """
-        loc, of_prior = jnp.asarray(self.prior_mean), np.linalg.inv(self.prior_precision)
-        if np.any(of_prior != np.diag(np.diag(of_prior))):
-            prior: Any = Gaussian.from_covariance(loc, jnp.asarray(of_prior))
-        else:
-            prior = Normal(loc, jnp.asarray(np.sqrt(np.diag(of_prior))))
+        prior = Gaussian.from_covariance(jnp.asarray(self.prior_mean), jnp.asarray(np.linalg.inv(self.prior_precision)))
         precision = self.precision()
         log_peak = self.log_evidence + np.linalg.slogdet(precision)[1] / 2 - self.dimension * _LOG_TWO_PI / 2
         return Problem(prior, _Posterior(*map(jnp.asarray, (self.mean(), precision, log_peak))))

@@ -16,9 +16,9 @@ from lehr.gradient_noise import noise_gap
 from lehr.kernels import Hamiltonian
 from lehr.linear_regression import LinearRegression, MiniBatchNoise, dais_gap, perfect_gap
 from lehr.path import Schedule
+from lehr.studies.output import write
 from lehr.studies.regression_data import per_datum
 from lehr.subsampled import Subsampled
-from lehr.vae.run_folder import to_json, write_faults
 
 if TYPE_CHECKING:
     from lehr.commands import Figure1
@@ -52,15 +52,9 @@ def figure1(options: "Figure1") -> int:
         "least": least(regression, [k for k in counts[2::2] if k <= 100_000]),
         "predicted": predicted(regression, 1000),
     }
-    with write_faults(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "figure1.json").write_text(to_json(result, indent=2) + "\n")
-        draw(result).savefig(options.out / "figure1.png", dpi=110)
-    if options.json:
-        print(to_json(result))
     for line in in_words(result):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"figure1.json and figure1.png are in {options.out}", highlight=False, soft_wrap=True)
+    write(options.out, "figure1", result, draw(result), to_stdout=options.json)
     return 0
 
 

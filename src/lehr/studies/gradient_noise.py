@@ -19,9 +19,9 @@ from lehr.gradient_noise import noise_gap
 from lehr.kernels import Hamiltonian
 from lehr.linear_regression import LinearRegression, MiniBatchNoise, dais_gap
 from lehr.path import LogDensity, Schedule
+from lehr.studies.output import write
 from lehr.studies.regression_data import per_datum, per_label
 from lehr.subsampled import Subsampled
-from lehr.vae.run_folder import to_json, write_faults
 from lehr.weighted import log_mean_exp
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class Method:
     #: what the exact analysis takes for its noise, to choose a step size: from (regression, at the reference)
     noise: Callable[[LinearRegression, LinearRegression], MiniBatchNoise | None]
     setup: bool = False
+    #: whether a step of the logistic regression sees less than all that it needs, and the linear noise is exact
+    noisy: bool = True
+    exact: bool = True
 
 
 METHODS = (
@@ -56,6 +59,7 @@ METHODS = (
         lambda target, mode: target.__call__,
         lambda n: n,
         lambda r, residual: None,
+        noisy=False,
     ),
     Method("batches of 100", lambda target, mode: target, lambda n: _BATCH, lambda r, _: MiniBatchNoise.of(r, _BATCH)),
     Method(
@@ -63,6 +67,7 @@ METHODS = (
         lambda target, mode: target.with_batches(_PARTS),
         lambda n: float(np.mean(_PARTS)),
         lambda r, _: MiniBatchNoise.of(r, max(_PARTS)),
+        exact=False,
     ),
     Method(
         "control variate, order 1",
@@ -84,6 +89,7 @@ METHODS = (
         lambda n: 0,
         lambda r, residual: None,
         setup=True,
+        noisy=False,
     ),
 )
 
@@ -114,16 +120,10 @@ def gradient_noise(options: "GradientNoise") -> int:
                 gaps = ", ".join(f"{row['gap']:.3g} +- {row['error']:.1g}" for row in found)
                 console.print(f"{setting.name}, {method.name}: gap {gaps}", highlight=False, soft_wrap=True)
     result = {"num_data": options.num_data, "num_chains": options.num_chains, "rows": rows, "ratios": ratios(rows)}
-    with write_faults(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gradient-noise.json").write_text(to_json(result, indent=2) + "\n")
-        draw(result).savefig(options.out / "gradient-noise.png", dpi=110)
-    if options.json:
-        print(to_json(result))
     for row in result["ratios"]:
         text = f"{row['setting']}, {row['passes']} passes: {row['best']} over naive batches {row['ratio']:.2g}"
         console.print(text, highlight=False, soft_wrap=True)
-    console.print(f"gradient-noise.json and gradient-noise.png are in {options.out}", highlight=False, soft_wrap=True)
+    write(options.out, "gradient-noise", result, draw(result), to_stdout=options.json)
     return 0
 
 
@@ -174,17 +174,19 @@ def measure(setting: Setting, method: Method, passes: int, num_chains: int) -> d
     shape = 2 / np.sqrt(1 + betas[1:] * precision)[:, None]
     target = method.target(setting.target, setting.mode)
 
+    is_linear = setting.name == "linear"
+    noise = method.noise(setting.stand_in, _without_residuals(setting)) if is_linear else None
+
     def annealer(factor: float) -> Annealer:
         return Annealer(setting.base, Schedule.from_betas(betas), Hamiltonian(factor * shape))
 
     def expected(factor: float) -> float:
         """The gap of the linear stand-in; of the logistic one with the noise that is measured."""
-        noise = method.noise(setting.stand_in, _without_residuals(setting)) if setting.name == "linear" else None
         try:
             gap = dais_gap(setting.stand_in, betas, factor * shape, noise=noise).total
         except InputError:  # the noise makes moments diverge
             return np.inf
-        if setting.name == "linear" or method.name in ("all data", "surrogate"):
+        if is_linear or not method.noisy:
             return gap
         measured = noise_gap(jax.random.key(passes), annealer(factor), target).value
         return gap + measured if np.isfinite(measured) else np.inf
@@ -202,12 +204,8 @@ def measure(setting: Setting, method: Method, passes: int, num_chains: int) -> d
         "step": factor,
         "gap": gaps.mean(),
         "error": float(np.hypot(gaps.std(ddof=1) / num_chains**0.5, setting.log_evidence_error)),
-        "exact": exact if setting.name == "linear" and len(_sizes(method, n)) == 1 else None,
+        "exact": exact if is_linear and method.exact else None,
     }
-
-
-def _sizes(method: Method, n: int) -> tuple[int, ...]:
-    return _PARTS if method.name == "larger batches late" else (round(method.batch(n)),)
 
 
 def _without_residuals(setting: Setting) -> LinearRegression:

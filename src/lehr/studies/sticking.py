@@ -24,9 +24,9 @@ from lehr.kernels import Hamiltonian
 from lehr.numerics import bernoulli_log_prob
 from lehr.optimisation import fit
 from lehr.path import Schedule
+from lehr.studies.output import write
 from lehr.studies.sticking_plot import draw
 from lehr.training_loop import split
-from lehr.vae.run_folder import to_json, write_faults
 
 if TYPE_CHECKING:
     from lehr.commands import Sticking
@@ -125,13 +125,7 @@ def sticking(options: "Sticking") -> int:
             text = ", ".join(f"{row['rule']} {row['variance']:.2g}" for row in last)
             console.print(f"{name}, {run.target_name}, {where}: {text}", highlight=False, soft_wrap=True)
     result = {"num_iterations": options.num_iterations, "num_keys": options.num_keys, "rows": rows}
-    with write_faults(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "sticking.json").write_text(to_json(result, indent=2) + "\n")
-        draw(result).savefig(options.out / "sticking.png", dpi=110)
-    if options.json:
-        print(to_json(result))
-    console.print(f"sticking.json and sticking.png are in {options.out}", highlight=False, soft_wrap=True)
+    write(options.out, "sticking", result, draw(result), to_stdout=options.json)
     return 0
 
 
