@@ -5,13 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lehr.numerics import bernoulli_log_prob, compensated_add, inverse_of_lower, softplus
+from lehr.numerics import bernoulli_log_prob, compensated_add, inverse_of_lower, normal, softplus
 
 LOGITS = np.array([-1e30, -1e4, -200.0, -80.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 80.0, 200.0, 1e4, 1e30])
 
 
 def sigmoid(x):
     return np.exp(-np.logaddexp(0.0, -x))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (2, 1, 10)])
+def test_normal_draws_the_numbers_of_jax(shape):
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(normal(key, shape, jnp.float32), jax.random.normal(key, shape, jnp.float32))
 
 
 def test_softplus_and_two_derivatives():

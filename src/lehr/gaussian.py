@@ -4,14 +4,13 @@ import math
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lehr.errors import InputError
 from lehr.kernels.positive import log_of_positive
-from lehr.numerics import inverse_of_lower, is_concrete
+from lehr.numerics import inverse_of_lower, is_concrete, normal
 
 
 class Gaussian(eqx.Module):
@@ -94,7 +93,7 @@ class Gaussian(eqx.Module):
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape dim"]:
         """loc + L z: draws of shape `(*shape, dim)`. **Gradient**: exact (reparameterised)."""
-        return self.loc + jax.random.normal(key, (*shape, *self.loc.shape), self.loc.dtype) @ self.scale_tril.T
+        return self.loc + normal(key, (*shape, *self.loc.shape), self.loc.dtype) @ self.scale_tril.T
 
     def log_prob(self, x: Array) -> Float[Array, ""]:
         """The log density of one position `(dim,)`, in nats. **Gradient**: exact.

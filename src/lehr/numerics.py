@@ -1,12 +1,22 @@
 """Small pieces of arithmetic that float32 and the speed of a gradient depend on."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+
+def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """`jax.random.normal`, the same numbers, drawn as one row.
+
+    On the CPU a generator's loop over a short last axis is unrolled by the compiler, to megabytes of code: 100 chains
+    of `(100, 10)` compile in 0.35 s so, in 1.9 s else, and are drawn in two thirds of the time.
+    """
+    return jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 @jax.custom_jvp

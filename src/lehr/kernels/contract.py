@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from lehr.errors import InputError
 from lehr.kernels.affine_in_beta import AffineInBeta
 from lehr.kernels.positive import log_of_positive
+from lehr.numerics import normal
 from lehr.path import Point, Tempered
 
 
@@ -119,7 +120,7 @@ class AbstractMove(AbstractKernel):
         """A move from an evaluated point to an evaluated point, with its log ratio."""
 
     def noise(self, key: PRNGKeyArray, num_steps: int, position: jax.ShapeDtypeStruct) -> Any:
-        return jax.random.normal(key, (num_steps, *position.shape), position.dtype)
+        return normal(key, (num_steps, *position.shape), position.dtype)
 
     def init(self, key: PRNGKeyArray, density: Tempered, position: Float[Array, " dim"]) -> State:
         return State(density.evaluate(position, gradient=self.uses_gradient), self.draw_momentum(key, position))

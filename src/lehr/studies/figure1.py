@@ -82,7 +82,7 @@ def curve(
     name, persistence, batch_size, first = setting
     noise = None if batch_size is None else MiniBatchNoise.of(regression, batch_size)
     # Each number of steps is a program to compile, and batches take long to draw.
-    simulated = (100, 10_000) if batch_size is None else (100, 1000)
+    simulated = (100, 1000, 10_000) if batch_size is None else (100, 1000)
     exact, dots = [], []
     # A step with batches is a hundred times the work of one direction at a time.
     for k in (k for k in counts if noise is None or k <= 100_000):

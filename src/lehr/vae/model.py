@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.numerics import bernoulli_log_prob
+from lehr.numerics import bernoulli_log_prob, normal
 
 
 class DiagonalGaussian(eqx.Module):
@@ -19,7 +19,7 @@ class DiagonalGaussian(eqx.Module):
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape dim"]:
         """Reparameterised draws. **Gradient**: exact for a fixed key."""
-        noise = jax.random.normal(key, (*shape, *self.loc.shape), self.loc.dtype)
+        noise = normal(key, (*shape, *self.loc.shape), self.loc.dtype)
         return self.loc + jnp.exp(self.log_scale) * noise
 
     def log_prob(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
