@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lehr import linear_regression as linear_regression, objectives as objectives
+    from lehr import linear_regression as linear_regression, mh_gradient as mh_gradient, objectives as objectives
     from lehr.adapters.functions import from_function as from_function
     from lehr.adapters.numpyro import from_numpyro as from_numpyro
     from lehr.adapters.pymc import from_pymc as from_pymc
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Metropolis as Metropolis,
         RandomWalk as RandomWalk,
     )
+    from lehr.mh_gradient.expectation import mh_expectation as mh_expectation
     from lehr.optimisation import fit as fit
     from lehr.path import Problem as Problem, Schedule as Schedule
     from lehr.report import Evidence as Evidence
@@ -56,6 +57,7 @@ _HOME = {
     "LearnedReverse": "lehr.kernels",
     "Metropolis": "lehr.kernels",
     "RandomWalk": "lehr.kernels",
+    "mh_expectation": "lehr.mh_gradient.expectation",
     "fit": "lehr.optimisation",
     "tune": "lehr.greedy",
     "Problem": "lehr.path",
@@ -65,7 +67,7 @@ _HOME = {
     "WeightedParticles": "lehr.weighted",
 }
 
-_SUBPACKAGES = ("linear_regression", "objectives")
+_SUBPACKAGES = ("linear_regression", "mh_gradient", "objectives")
 
 __all__ = [*_HOME, *_SUBPACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,0 +1,53 @@
+"""Where an alternative is born: the opposite of a decision, with the weight that makes the gradient unbiased.
+
+A decision is taken (A = 1) with probability alpha(theta). For any number c the flip to the opposite one with weight
+
+    w = -c grad alpha / alpha   if taken,       (1 - c) grad alpha / (1 - alpha)   if not
+
+is unbiased: E[w (F_flipped - F)] = alpha (-c grad alpha / alpha) (F_0 - F_1) + (1 - c) grad alpha (F_1 - F_0), which is
+grad alpha (F_1 - F_0) = grad E[F]. With a logit r of which alpha is a function, grad alpha = alpha'(r) grad r: an
+alternative carries the number in front of grad r, and its gradient can wait.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+#: which c: alpha ("measure-valued"), 0 ("right"), 1 ("left"), or the one of 0 and 1 with w >= 0 ("single-sided")
+Weights = Literal["measure-valued", "right", "left", "single-sided"]
+WEIGHTS = ("measure-valued", "right", "left", "single-sided")
+
+#: by what alternatives are kept: |w|'s number times the distance to the alternative, the number alone, the number times
+#: |grad r|, or all alike
+Strength = Literal["distance", "acceptance", "gradient", "uniform"]
+STRENGTHS = ("distance", "acceptance", "gradient", "uniform")
+
+#: what a weight is the gradient of: r of a flip, log q of a fresh proposal, or the log of a scale (1 + dimension)
+FLIP, SCORE, SCALE = 0, -1, 1
+
+
+class Birth(NamedTuple):
+    """An alternative, and what its weight is the gradient of: `coefficient` times grad log_odds(low, high, tag)."""
+
+    point: Any
+    low: Any
+    high: Any
+    tag: Any
+    coefficient: Any
+    strength: Any
+
+
+def flip_coefficient(weights: Weights, taken: Array, alpha: Array, slope: Array, rises: Array | None) -> Array:
+    """w over grad r, for a decision of probability alpha, slope = d alpha / d r; `rises`: whether r does with theta."""
+    # Taken with alpha = 0, or not with alpha = 1, are not met; their quotients must not be NaN.
+    if_rejected = jnp.where(taken, 0.0, slope / jnp.where(taken, 1.0, 1 - alpha))
+    if_accepted = jnp.where(taken, -slope / jnp.where(taken, alpha, 1.0), 0.0)
+    if weights == "right":
+        return if_rejected
+    if weights == "left":
+        return if_accepted
+    if weights == "single-sided":
+        assert rises is not None
+        return jnp.where(rises, if_rejected, if_accepted)
+    return jnp.where(taken, -slope, slope)

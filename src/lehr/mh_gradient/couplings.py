@@ -1,0 +1,317 @@
+"""Couplings: how a second chain is moved with the first, so that it follows its own law, and meets the first.
+
+A coupling is *faithful* if chains that have met stay together. All here are but `Independent`; for it `stay_together`
+keeps them so, which changes no law, because it is the same kernel from the same place.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from lehr.errors import InputError
+from lehr.mh_gradient.proposals import (
+    AbstractGaussian,
+    AbstractProposal,
+    DiscreteUniform,
+    RandomWalk,
+    SpinFlip,
+)
+from lehr.mh_gradient.target import Point, Target
+from lehr.numerics import normal
+
+
+class Move(NamedTuple):
+    """A step of Metropolis-Hastings: from `old`, `new` was proposed with `noise`; accepted if log u < log_ratio."""
+
+    old: Point
+    new: Point
+    after: Point
+    accepted: Any
+    log_ratio: Any
+    log_uniform: Any
+    noise: Any
+
+
+class Kernel(NamedTuple):
+    """What a step needs: the target, and the proposal."""
+
+    target: Target
+    proposal: AbstractProposal
+
+    def log_ratio(self, new: Point, old: Point) -> Float[Array, ""]:
+        """log of [p(new) q(new, old)] / [p(old) q(old, new)]."""
+        return self.target.log_ratio(new, old) + self.proposal.log_ratio(new, old)
+
+
+def choose(condition: Bool[Array, ""], a: Any, b: Any) -> Any:
+    """a if the condition holds, else b; exactly."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+class AbstractCoupling(eqx.Module):
+    """Moves a second chain with the first: the same uniform number decides on both proposals."""
+
+    #: chains at the same position propose the same
+    faithful: ClassVar[bool] = True
+    #: of the log density, where the chains are
+    needs_gradient: ClassVar[bool] = False
+
+    def check(self, proposal: AbstractProposal) -> None:
+        """Raises `InputError` for a proposal that it does not fit."""
+
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Any:
+        """Its own, of all steps, with a leading axis."""
+        del proposal, key, num_steps, x
+
+    @abc.abstractmethod
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        """y', of the law q(y, .)."""
+
+    def log_uniform(self, move: Move, other: Point) -> Float[Array, ""]:
+        """That decides on y'."""
+        del other
+        return move.log_uniform
+
+    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Point:
+        """Where the other chain goes."""
+        new = kernel.target.at(self.propose(kernel, move, other, noise))
+        accepted = self.log_uniform(move, other) < kernel.log_ratio(new, other)
+        return choose(accepted, new, other)
+
+
+class CommonRandomNumbers(AbstractCoupling):
+    """The same noise for both proposals. Any proposal.
+
+    With an independence sampler y' = x', and the chains meet where both accept it. Chains of a random walk in
+    a continuous space never meet: then use a reflection.
+    """
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        del noise
+        return kernel.proposal.propose(other, move.noise)
+
+
+class Independent(AbstractCoupling):
+    """A fresh proposal for the other chain, from noise of its own. Any proposal; a bad coupling, to compare with.
+
+    Chains in a continuous space never meet, but with an independence sampler none do either.
+    """
+
+    faithful: ClassVar[bool] = False
+
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Any:
+        return proposal.noise(key, num_steps, x)
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        return kernel.proposal.propose(other, noise)
+
+
+class MaximalReflection(AbstractCoupling):
+    """Proposals of two Gaussians N(m_x, L L^T), N(m_y, L L^T) are equal as often as can be, and else reflected.
+
+    With d = L^-1 (m_x - m_y) and z the noise of x':
+
+        y' = x'                         if log U <= |z|^2 / 2 - |z + d|^2 / 2, with U uniform,
+        y' = m_y + L (z - 2 (e.z) e)    else, e = d / |d|.
+
+    For `RandomWalk`, `PCN` and `MALA`.
+
+    Source: Jacob, O'Leary, Atchade 2020, section 4.1; Bou-Rabee, Eberle, Zimmer 2020.
+    """
+
+    def check(self, proposal: AbstractProposal) -> None:
+        _check_gaussian(self, proposal)
+
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
+        del proposal
+        return -jax.random.exponential(key, (num_steps,), x.dtype)
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        proposal = kernel.proposal
+        assert isinstance(proposal, AbstractGaussian)
+        z, mean = move.noise, proposal.mean(other)
+        d = proposal.scale.solve(proposal.mean(move.old) - mean)
+        along, square = jnp.sum(d * z), jnp.sum(d * d)
+        # |z + d|^2 - |z|^2 without the cancellation of two large numbers
+        same = noise <= -(along + square / 2)
+        reflected = mean + proposal.scale.times(z - 2 * along / jnp.where(square > 0, square, 1) * d)
+        return jnp.where(same, move.new.x, reflected)
+
+
+class GCRefl(AbstractCoupling):
+    """Gradient-corrected reflection: far apart, chains share the noise along the gradients of their log densities.
+
+    Where |d|^2 = |L^-1 (x - y)|^2 is below the threshold this is `MaximalReflection`. Else, with e = d / |d|, and n_x,
+    n_y the unit gradients of the two chains, projected orthogonally to e, the noise of y' is
+
+        z_y = (w - (n_y.w) n_y + (n_x.z) n_y) - 2 (e.z) e,    w = z + (xi - n_x.z) n_x,    xi ~ N(0, 1):
+
+    reflected along e, the same along each chain's gradient, and the same in what is orthogonal to all of them. So both
+    proposals climb or descend alike, and are accepted together, in many dimensions too.
+
+    For `RandomWalk`; it evaluates a gradient of the log density where the chains are.
+
+    Arguments:
+        threshold: of |d|^2; None is the number of dimensions.
+
+    Raises `lehr.errors.InputError` for a threshold that is not positive.
+
+    Source: Papp, Sherlock 2022 (GCRW, GCRefl).
+    """
+
+    threshold: float | None = eqx.field(static=True)
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __init__(self, threshold: float | None = None):
+        if threshold is not None and not 0 < threshold < float("inf"):
+            raise InputError(f"the threshold of GCRefl must be positive, but it is {threshold}")
+        self.threshold = threshold
+
+    def check(self, proposal: AbstractProposal) -> None:
+        if not isinstance(proposal, RandomWalk):
+            raise InputError(f"GCRefl is for RandomWalk, not for {type(proposal).__name__}: use MaximalReflection")
+
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> tuple[Array, Array]:
+        key_same, key_along = jax.random.split(key)
+        return MaximalReflection().noise(proposal, key_same, num_steps, x), normal(key_along, (num_steps,), x.dtype)
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        proposal = kernel.proposal
+        assert isinstance(proposal, RandomWalk)
+        log_uniform, xi = noise
+        near = MaximalReflection().propose(kernel, move, other, log_uniform)
+        z, d = move.noise, proposal.scale.solve(move.old.x - other.x)
+        e = _unit(d)
+
+        def along(point: Point) -> Array:
+            gradient = proposal.scale.transposed_times(point.gradient)
+            return _unit(gradient - jnp.dot(e, gradient) * e)
+
+        n_x, n_y = along(move.old), along(other)
+        shared = jnp.dot(n_x, z)
+        w = z + (xi - shared) * n_x
+        # In one dimension, and where a gradient vanishes, n is 0, and its term with it.
+        has_both = jnp.any(n_x != 0) & jnp.any(n_y != 0)
+        corrected = jnp.where(has_both, w - jnp.dot(n_y, w) * n_y + shared * n_y, z)
+        far = other.x + proposal.scale.times(corrected - 2 * jnp.dot(e, z) * e)
+        threshold = z.shape[0] if self.threshold is None else self.threshold
+        return jnp.where(jnp.sum(d**2) < threshold, near, far)
+
+
+class MaximalIndependent(AbstractCoupling):
+    """The other chain moves the same coordinate to the same state where it can: y'_i = x'_i, else y'_i = x_i.
+
+    (It cannot where y_i = x'_i.) For `DiscreteUniform`.
+
+    Source: Arya et al. 2023, section 3.
+    """
+
+    def check(self, proposal: AbstractProposal) -> None:
+        if not isinstance(proposal, DiscreteUniform):
+            raise InputError(
+                f"MaximalIndependent is for DiscreteUniform, not for {type(proposal).__name__}: use CommonRandomNumbers"
+            )
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        del kernel, noise
+        site, _ = move.noise
+        there = move.new.x[site]
+        return other.x.at[site].set(jnp.where(there != other.x[site], there, move.old.x[site]))
+
+
+class MonotoneSpin(AbstractCoupling):
+    """Both chains turn the same spin, and agree on it as often as can be.
+
+    Where they differ in that spin, one would go up and the other down, and y' is decided by 1 - u in place of u: so
+    both end up, or both down, as often as can be. In ferromagnets order is kept: from x <= y, x' <= y'.
+    With `HeatBath` the same uniform number decides on each spin of both chains.
+
+    For `SpinFlip` and `HeatBath`.
+
+    Source: Propp, Wilson 1996 (monotone coupling).
+    """
+
+    def check(self, proposal: AbstractProposal) -> None:
+        if not isinstance(proposal, SpinFlip):
+            raise InputError(f"MonotoneSpin is for SpinFlip and HeatBath, not for {type(proposal).__name__}")
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        del noise
+        return kernel.proposal.propose(other, move.noise)
+
+    def log_uniform(self, move: Move, other: Point) -> Float[Array, ""]:
+        agree = move.old.x[move.noise] == other.x[move.noise]
+        return jnp.where(agree, move.log_uniform, jnp.log(-jnp.expm1(move.log_uniform)))
+
+
+class FullKernelMaximal(AbstractCoupling):
+    """The states after a step are equal as often as the two kernels, acceptance and all, allow.
+
+    If x accepts x', then y+ = x' with probability min(1, q(y, x') alpha(y, x') / [q(x, x') alpha(x, x')]); else y+ is
+    drawn from what is left of its kernel, by rejection: steps from y, each kept unless it could have been x's.
+
+    For any proposal with a density that reaches all of space: `RandomWalk`, `MALA`, `PCN`, `Independence`, your own.
+
+    Source: Wang, O'Leary, Jacob 2021.
+    """
+
+    def check(self, proposal: AbstractProposal) -> None:
+        if isinstance(proposal, DiscreteUniform | SpinFlip):
+            raise InputError(
+                f"FullKernelMaximal is for proposals on a continuous space, not for {type(proposal).__name__}"
+            )
+
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
+        del proposal, x
+        return jax.random.split(key, num_steps)
+
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+        raise NotImplementedError  # it couples what follows acceptance
+
+    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Point:
+        key_same, key_rest = jax.random.split(noise)
+
+        def log_kernel(old: Point, new: Point) -> Array:
+            return kernel.proposal.log_prob(old, new.x) + jnp.minimum(0, kernel.log_ratio(new, old))
+
+        def log_share(of: Point, beside: Point, new: Point) -> Array:
+            """log of p_beside / p_of at a place reached from `of`."""
+            return log_kernel(beside, new) - log_kernel(of, new)
+
+        log_u = -jax.random.exponential(key_same)
+        same = move.accepted & (log_u <= log_share(move.old, other, move.new))
+
+        def attempt(carry: tuple[Array, Point, Array]) -> tuple[Array, Point, Array]:
+            key, _, _ = carry
+            key, key_noise, key_accept, key_keep = jax.random.split(key, 4)
+            z = jax.tree.map(lambda leaf: leaf[0], kernel.proposal.noise(key_noise, 1, other.x))
+            new = kernel.target.at(kernel.proposal.propose(other, z))
+            accepted = -jax.random.exponential(key_accept) < kernel.log_ratio(new, other)
+            # Where y stays, x could not have come: its law has a density.
+            kept = ~accepted | (-jax.random.exponential(key_keep) > log_share(other, move.old, new))
+            return key, choose(accepted, new, other), kept
+
+        # Nothing is left of the law of a chain that is with the other.
+        together = jnp.all(move.old.x == other.x)
+        start = (key_rest, choose(same, move.new, move.after), same | together)
+        _, found, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
+        return found
+
+
+def _check_gaussian(coupling: AbstractCoupling, proposal: AbstractProposal) -> None:
+    if not isinstance(proposal, AbstractGaussian):
+        raise InputError(
+            f"{type(coupling).__name__} is for Gaussian proposals (RandomWalk, MALA, PCN), not for "
+            f"{type(proposal).__name__}: use CommonRandomNumbers"
+        )
+
+
+def _unit(d: Array) -> Array:
+    """d / |d|, or 0."""
+    square = jnp.sum(d**2)
+    return jnp.where(square > 0, d / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

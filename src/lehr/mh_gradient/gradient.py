@@ -1,0 +1,51 @@
+"""From births to gradients: one pass over the decisions whose alternative was kept, for any number of parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+#: pairs of positions in one call of the log density's gradient
+_CHUNK = 4096
+
+
+def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
+    """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
+    num, size = len(weights), min(len(weights), _CHUNK)
+    # The j-th used row is where their running count reaches j + 1.
+    running = jnp.cumsum(weights != 0)
+
+    def chunk(i: Array, total: Any) -> Any:
+        index = jnp.searchsorted(running, i * size + 1 + jnp.arange(size))
+        # What fills the last chunk repeats its first row, with weight 0.
+        weight = jnp.where(index < num, weights[jnp.minimum(index, num - 1)], 0)
+        index = jnp.where(index < num, index, index[0])
+
+        def summed(params: Any) -> Array:
+            values = jax.vmap(lambda row: of(params, row))(jax.tree.map(lambda leaf: leaf[index], rows))
+            return jnp.vdot(weight, values)
+
+        return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
+
+    return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, jax.tree.map(jnp.zeros_like, params))
+
+
+def support_moves(log_density: Callable[[Any, Array], Array], params: Any, inside: Array, outside: Array) -> Array:
+    """Whether positions `outside` where the density is 0 have some for parameters a little off.
+
+    `inside` are positions of positive density, beside which it must count for something.
+    """
+    zero = jax.vmap(log_density, in_axes=(None, 0))(params, outside) == -jnp.inf
+
+    def moved(change: float) -> Array:
+        def shift(leaf: Any) -> Any:
+            return leaf + change * (jnp.abs(leaf) + 1e-2) if eqx.is_inexact_array(leaf) else leaf
+
+        near = jax.tree.map(shift, params)
+        both = jax.vmap(lambda x, y: log_density(near, y) - log_density(near, x))(inside, outside)
+        return jnp.any((both > -50.0) & zero)
+
+    return jax.lax.cond(jnp.any(zero), lambda: moved(0.01) | moved(-0.01), lambda: jnp.asarray(False))

@@ -1,0 +1,179 @@
+"""The heat bath (Gibbs sampler) for spins on a graph: all sites of a colour at once."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+
+from lehr.errors import InputError
+from lehr.mh_gradient.births import FLIP, Birth, flip_coefficient
+from lehr.mh_gradient.proposals import check_spins
+from lehr.mh_gradient.sampler import Extra, Gradient, Rule
+from lehr.mh_gradient.target import DensityRatio, Point, Target
+from lehr.numerics import is_concrete
+
+
+class HeatBath(eqx.Module):
+    """Each step draws all spins of one colour from their law given the others, the colours in turn:
+
+        P(x_i = +1 | rest) = sigmoid(2 d log p / d x_i),
+
+    the derivative of a log density that is linear in each spin (on spins every function can be written so; x_i^2
+    is 1, and should be). One gradient of the log density serves all sites. Takes the place of a proposal; couple it
+    with `MonotoneSpin`, by which both chains use the same uniform numbers.
+
+    Arguments:
+        colours: `(dim,)`, whole numbers from 0; no two sites of one colour may interact. Positions are floats, +1
+            and -1.
+
+    An alternative is one site turned over, drawn from all of the colour in proportion to its strength.
+
+    Raises `lehr.errors.InputError` for other colours; in use, for log densities that are not linear in each spin, or
+    sites of one colour that interact.
+
+    Source: Geman, Geman 1984.
+    """
+
+    colours: np.ndarray
+    #: as many steps are a sweep
+    num_colours: int = eqx.field(static=True)
+
+    def __init__(self, colours: ArrayLike):
+        array = np.asarray(colours)
+        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise InputError("the colours of HeatBath must be whole numbers, one for each site")
+        if set(array.tolist()) != set(range(int(array.max()) + 1)):
+            raise InputError(
+                f"the colours of HeatBath must be 0, 1, ... without a gap, but they are {set(array.tolist())}"
+            )
+        self.colours, self.num_colours = array, int(array.max()) + 1
+
+    @classmethod
+    def checkerboard(cls, *shape: int) -> "HeatBath":
+        """For a periodic lattice of even sides, with neighbours along its axes, flattened in C order.
+
+        Raises `lehr.errors.InputError` for odd sides.
+        """
+        if any(side % 2 for side in shape):
+            raise InputError(f"a periodic checkerboard needs even sides, but the shape is {shape}")
+        return cls(np.indices(shape).sum(axis=0).ravel() % 2)
+
+    def check(self, x: Any) -> None:
+        """Raises `InputError` for positions that it cannot move."""
+        check_spins(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError("HeatBath takes spins as floats, for their derivatives: give x0 as +1.0 and -1.0")
+        if x.shape != self.colours.shape:
+            raise InputError(f"HeatBath has colours of {len(self.colours)} sites, but x0 has the shape {x.shape}")
+
+    def check_density(self, target: Target, x: Any) -> None:
+        """Raises `InputError` for a log density of which the derivative is not half of the log odds."""
+        if isinstance(target.density, DensityRatio):
+            raise InputError("HeatBath needs a log density: a DensityRatio is for proposals")
+        if not is_concrete(x) or not all(map(is_concrete, jax.tree.leaves(target.params))):
+            return
+        start = jnp.asarray(x)
+        value = jax.jit(lambda y: target.at(y).log_prob)
+        half = jax.jit(jax.grad(value))
+        odds = np.asarray(half(start))
+        for site in np.unique(np.linspace(0, len(odds) - 1, min(len(odds), 3)).astype(int)):
+            turned = start.at[site].multiply(-1)
+            change, expected = float(value(turned) - value(start)), float(-2 * start[site] * odds[site])
+            scale = 1e-3 * max(1.0, abs(change), abs(float(value(start))))
+            if not abs(change - expected) < scale:
+                raise InputError(
+                    f"the log density is not linear in spin {site}: turned over it changes by {change:.4g}, but its "
+                    f"derivative says {expected:.4g}: leave out what is the square of a spin"
+                )
+            same = (self.colours == self.colours[site]) & (np.arange(len(odds)) != site)
+            if np.any(np.abs(np.asarray(half(turned)) - odds)[same] > scale):
+                raise InputError(f"spin {site} interacts with others of its colour: give them other colours")
+
+
+class Sweep(NamedTuple):
+    """A step: the spins of one colour were drawn."""
+
+    old: Point
+    after: Point
+    colour: Bool[Array, " dim"]
+    probability: Float[Array, " dim"]
+    uniform: Float[Array, " dim"]
+
+    @property
+    def accepted(self) -> Array:
+        """The share of the spins that turned over."""
+        return jnp.sum(self.after.x != self.old.x) / jnp.sum(self.colour)
+
+    @property
+    def log_ratio(self) -> Array:
+        """Finite: every state can be reached."""
+        return jnp.sum(self.probability) * 0
+
+
+class HeatBathSampler(eqx.Module):
+    """Steps of the heat bath."""
+
+    target: Target
+    proposal: HeatBath
+
+    faithful: ClassVar[bool] = True
+
+    def start(self, x: Array) -> Point:
+        """The first state. (Of the density its derivative in the spins is all that is used.)"""
+        return self.target.at(x)
+
+    def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
+        """Of the chain itself: a uniform number for each spin."""
+        return jax.random.uniform(key, (num_steps * x.shape[0],), x.dtype).reshape(num_steps, *x.shape)
+
+    def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
+        """Of its alternatives: whether one is kept, and at which site."""
+        del rule
+        key_coin, key_site = jax.random.split(key)
+        shape = (num_steps,)
+        return Extra(jax.random.uniform(key_coin, shape, x.dtype), jax.random.uniform(key_site, shape, x.dtype))
+
+    def move(self, k: Array, point: Point, noise: Array) -> Sweep:
+        """A step."""
+        colour = jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
+        x, probability = self._drawn(point, colour, noise)
+        return Sweep(point, Point(x, point.log_prob, None), colour, probability, noise)
+
+    def follow(self, move: Sweep, other: Point, extra: Any) -> Point:
+        """Where another chain goes: by the same uniform numbers."""
+        del extra
+        x, _ = self._drawn(other, move.colour, move.uniform)
+        return Point(x, other.log_prob, None)
+
+    def log_odds(self, low: Array, high: Array, tag: Array, *, flips_only: bool) -> Float[Array, ""]:
+        """log p(high) - log p(low)."""
+        del tag, flips_only
+        both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack([low, high]))
+        return both[1] - both[0]
+
+    def birth(self, move: Sweep, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
+        """One site turned over, in proportion to the strength of each."""
+        if gradient is not None:
+            raise InputError("HeatBath knows no gradient of each site: take another strength, and two-sided weights")
+        up, p = move.after.x > 0, move.probability
+        coefficients = flip_coefficient(rule.weights, up, p, p * (1 - p), None)
+        strengths = jnp.ones_like(p) if rule.strength == "uniform" else jnp.abs(coefficients)
+        strengths = jnp.where(move.colour & (coefficients != 0), strengths, 0)
+        sums = jnp.cumsum(strengths)
+        site = jnp.clip(jnp.sum(sums <= extra.choice * sums[-1]), 0, len(p) - 1)
+        share = strengths[site] / jnp.where(sums[-1] > 0, sums[-1], 1)
+        # Rounding may end at a site that cannot be chosen.
+        found = share > 0
+        coefficient = jnp.where(found, coefficients[site] / jnp.where(found, share, 1), 0)
+        low, high = move.after.x.at[site].set(-1), move.after.x.at[site].set(1)
+        turned = move.after.x.at[site].multiply(-1)
+        point = Point(turned, move.after.log_prob, None)
+        return Birth(point, low, high, jnp.asarray(FLIP), coefficient, jnp.where(found, sums[-1], 0))
+
+    def _drawn(self, point: Point, colour: Array, uniform: Array) -> tuple[Array, Array]:
+        odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
+        probability = jax.nn.sigmoid(odds)
+        return jnp.where(colour, jnp.where(uniform < probability, 1, -1).astype(point.x.dtype), point.x), probability

@@ -1,0 +1,195 @@
+"""Metropolis-Hastings, as the engine of alternatives sees it: a move, the births in it, and how others follow it."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Strength, Weights, flip_coefficient
+from lehr.mh_gradient.couplings import AbstractCoupling, Kernel, Move, choose
+from lehr.mh_gradient.proposals import AbstractGaussian
+from lehr.mh_gradient.target import DensityRatio, Point
+
+#: how parameters of the proposal are differentiated
+ProposalGradient = Literal["pathwise", "score", "weak"]
+PROPOSAL_GRADIENTS = ("pathwise", "score", "weak")
+
+#: maps (low, high, tag) to the gradient of log_odds in the parameters, as one row
+Gradient = Callable[[Array, Array, Array], Array]
+
+
+class Rule(NamedTuple):
+    """How alternatives are born."""
+
+    weights: Weights
+    strength: Strength
+    #: of the proposal's own parameters, where alternatives are born of them
+    proposal_gradient: ProposalGradient | None
+
+
+class Extra(NamedTuple):
+    """Random numbers that only alternatives need."""
+
+    #: uniform: whether an alternative is kept
+    coin: Any
+    #: uniform: which of several births
+    choice: Any = None
+    coupling: Any = None
+    #: of a second proposal, and its acceptance
+    fresh: Any = None
+    log_uniform: Any = None
+    #: a dimension, and an exponential number
+    site: Any = None
+    energy: Any = None
+
+
+class MetropolisHastings(eqx.Module):
+    """Steps of Metropolis-Hastings."""
+
+    kernel: Kernel
+    coupling: AbstractCoupling
+
+    @property
+    def faithful(self) -> bool:
+        """Whether chains that are together stay together."""
+        return self.coupling.faithful
+
+    def start(self, x: Array) -> Point:
+        """The first state."""
+        return self.kernel.target.at(x)
+
+    def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> tuple[Any, Array]:
+        """Of the chain itself: of its proposals, and log u."""
+        key_proposal, key_accept = jax.random.split(key)
+        dtype = jnp.result_type(float)
+        return (
+            self.kernel.proposal.noise(key_proposal, num_steps, x),
+            -jax.random.exponential(key_accept, (num_steps,), dtype),
+        )
+
+    def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
+        """Of its alternatives."""
+        key_coupling, key_coin, key_choice, key_fresh, key_log, key_site, key_energy = jax.random.split(key, 7)
+        dtype, proposal = jnp.result_type(float), self.kernel.proposal
+        several, weak = rule.proposal_gradient in ("score", "weak"), rule.proposal_gradient == "weak"
+        fresh = rule.proposal_gradient == "score"
+        shape = (num_steps,)
+        return Extra(
+            coin=jax.random.uniform(key_coin, shape, dtype),
+            choice=jax.random.uniform(key_choice, shape, dtype) if several else None,
+            coupling=self.coupling.noise(proposal, key_coupling, num_steps, x),
+            fresh=proposal.noise(key_fresh, num_steps, x) if fresh else None,
+            log_uniform=-jax.random.exponential(key_log, shape, dtype) if fresh else None,
+            site=jax.random.randint(key_site, shape, 0, x.shape[0]) if weak else None,
+            energy=jax.random.exponential(key_energy, shape, dtype) if weak else None,
+        )
+
+    def move(self, k: Array, point: Point, noise: Any) -> Move:
+        """A step."""
+        del k
+        z, log_uniform = noise
+        new = self.kernel.target.at(self.kernel.proposal.propose(point, z))
+        log_ratio = self.kernel.log_ratio(new, point)
+        accepted = log_uniform < log_ratio
+        return Move(point, new, choose(accepted, new, point), accepted, log_ratio, log_uniform, z)
+
+    def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
+        """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
+        x_new = self.kernel.proposal.propose(point, z)
+        # The gradient at a place that counts for nothing may be no number, and 0 times it is none.
+        new = self.kernel.target.at(jnp.where(accepted | used, x_new, jax.lax.stop_gradient(point.x)))
+        return choose(accepted, new, point), self.kernel.log_ratio(new, point)
+
+    def follow(self, move: Move, other: Point, extra: Extra) -> Point:
+        """Where another chain goes."""
+        return self.coupling.follow(self.kernel, move, other, extra.coupling)
+
+    def log_odds(self, low: Array, high: Array, tag: Array, *, flips_only: bool) -> Float[Array, ""]:
+        """What weights are gradients of: log ratio of a step from low to high, or log q, or the log of a scale."""
+        target, proposal = self.kernel.target, self.kernel.proposal
+        if isinstance(target.density, DensityRatio):
+            old, new = target.at(low), target.at(high)
+            return target.density.ratio(target.params, high, low) * jnp.exp(proposal.log_ratio(new, old))
+        # Both at once: one call of the density for two positions.
+        points = jax.vmap(target.at)(jnp.stack([low, high]))
+        old, new = (jax.tree.map(lambda leaf, i=i: leaf[i], points) for i in range(2))
+        flip = self.kernel.log_ratio(new, old)
+        if flips_only:
+            return flip
+        found = jnp.where(tag == SCORE, proposal.log_prob(old, high), flip)
+        if isinstance(proposal, AbstractGaussian) and proposal.scale.value.ndim < 2:
+            log_scale = jnp.broadcast_to(jnp.log(proposal.scale.value), low.shape)
+            found = jnp.where(tag >= SCALE, log_scale[jnp.maximum(tag - SCALE, 0)], found)
+        return found
+
+    def birth(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
+        """The alternative to this step; of several one, by a coin."""
+        flip = self._flip(move, rule, gradient)
+        if rule.proposal_gradient == "score":
+            other = self._fresh(move, extra, rule, gradient)
+        elif rule.proposal_gradient == "weak":
+            other = self._wider(move, extra, rule, gradient)
+        else:
+            return flip
+        total = flip.strength + other.strength
+        share = other.strength / jnp.where(total > 0, total, 1)
+        chosen = choose(extra.choice < share, other, flip)
+        probability = jnp.where(extra.choice < share, share, 1 - share)
+        coefficient = jnp.where(chosen.strength > 0, chosen.coefficient / probability, 0)
+        return chosen._replace(coefficient=coefficient, strength=total)
+
+    def _flip(self, move: Move, rule: Rule, gradient: Gradient | None) -> Birth:
+        low, high = move.old.x, move.new.x
+        # Explicitly: the derivative of min(1, exp r) at r = 0 would be one half.
+        alpha = jnp.exp(jnp.minimum(move.log_ratio, 0))
+        moved = move.log_ratio < 0
+        slope = moved * (1.0 if isinstance(self.kernel.target.density, DensityRatio) else alpha)
+        row = None if gradient is None else gradient(low, high, jnp.asarray(FLIP))
+        rises = None if row is None else row[0] > 0
+        coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
+        point = choose(move.accepted, move.old, move.new)
+        distance = jnp.abs(high - low).astype(coefficient.dtype)
+        strength = strength_of(rule.strength, coefficient, distance, row)
+        return Birth(point, low, high, jnp.asarray(FLIP), coefficient, strength)
+
+    def _fresh(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
+        """grad log q(x, x') [F(x') - F(x'')], x'' another draw from x: the score, with a baseline of its own."""
+        again = self.move(jnp.asarray(0), move.old, (extra.fresh, extra.log_uniform))
+        low, high, tag = move.old.x, move.new.x, jnp.asarray(SCORE)
+        coefficient = -jnp.ones_like(move.log_ratio)
+        row = None if gradient is None else gradient(low, high, tag)
+        distance = jnp.abs(again.after.x - move.after.x).astype(coefficient.dtype)
+        return Birth(again.after, low, high, tag, coefficient, strength_of(rule.strength, coefficient, distance, row))
+
+    def _wider(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
+        """The weak derivative of a Gaussian in its scale, along one dimension, drawn at random.
+
+        d/ds E[g(s z)] = (1/s) (E[g(s m)] - E[g(s z)]), m of the density m^2 N(m; 0, 1): m^2 ~ chi^2 with three degrees
+        of freedom, which is z^2 and twice an exponential number.
+        """
+        z = move.noise
+        m = jnp.where(z[extra.site] < 0, -1, 1) * jnp.sqrt(z[extra.site] ** 2 + 2 * extra.energy)
+        wider = self.move(jnp.asarray(0), move.old, (z.at[extra.site].set(m), move.log_uniform))
+        tag = SCALE + extra.site
+        coefficient = jnp.full_like(move.log_ratio, z.shape[0])
+        row = None if gradient is None else gradient(move.old.x, move.new.x, tag)
+        distance = jnp.abs(wider.after.x - move.after.x).astype(coefficient.dtype)
+        strength = strength_of(rule.strength, coefficient, distance, row)
+        return Birth(wider.after, move.old.x, move.new.x, tag, coefficient, strength)
+
+
+def strength_of(strength: Strength, coefficient: Array, distance: Array, row: Array | None) -> Array:
+    """How much an alternative wants to be kept; 0 exactly where it is none."""
+    if strength == "distance":
+        return jnp.abs(coefficient) * jnp.sqrt(jnp.sum(distance**2))
+    if strength == "acceptance":
+        value = jnp.abs(coefficient)
+    elif strength == "gradient":
+        assert row is not None
+        value = jnp.abs(coefficient) * jnp.sqrt(jnp.sum(row**2))
+    else:
+        value = jnp.ones_like(coefficient)
+    return jnp.where((coefficient != 0) & jnp.any(distance != 0), value, 0)
