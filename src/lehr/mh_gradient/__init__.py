@@ -1,5 +1,10 @@
 """Differentiable Metropolis-Hastings: proposals, couplings, and the estimators to compare with."""
 
+from lehr.mh_gradient.baselines import (
+    covariance_expectation as covariance_expectation,
+    difference_expectation as difference_expectation,
+    score_expectation as score_expectation,
+)
 from lehr.mh_gradient.couplings import (
     CommonRandomNumbers as CommonRandomNumbers,
     FullKernelMaximal as FullKernelMaximal,
