@@ -5,8 +5,8 @@
 
 Each method starts from the mean-field Gaussian that maximises its own bound (the same for all four), is tuned
 (`lehr.tune`), and trained (`lehr.fit`): base, schedule, step sizes by step and dimension, persistence, and the reverse
-drift where there is one. With `--refine` a row of UHA or LDVI starts from the trained one with half the steps instead,
-which is to be run in the same call. `best` is LDVI from the base that `lehr.evidence` would take, trained further by
+drift where there is one. With `--refine` a row starts from the trained one with half the steps instead, which is to be
+run in the same call. `best` is LDVI from the base that `lehr.evidence` would take, trained further by
 its own bound. The score is the gap to the verified log Z of the mean of log w over fresh chains, with its error.
 
 K counts gradients of the target along one chain: K drift-kick-drift steps, or K - 1 Langevin steps, which need the
@@ -210,23 +210,25 @@ def annealer(method: str, problem: Problem, num_gradients: int) -> lehr.Annealer
     return lehr.Annealer(base, lehr.Schedule.linear(num_steps), kernel)
 
 
-def refined(key: Any, annealer: lehr.Annealer, problem: Problem) -> tuple[lehr.Annealer, int]:
-    """One with each step of a trained annealer divided in two, and the gradients that it took.
+def refined(key: Any, annealer: lehr.Annealer, problem: Problem, num_steps: int) -> tuple[lehr.Annealer, int]:
+    """One with each step of a trained annealer divided in two, to `num_steps` of them, and the gradients that it took.
 
     What that asks of step sizes, persistence and drift is found on a small grid, by the bound.
     """
-    increments = jnp.repeat(annealer.schedule.logits, 2)
+    old = annealer.schedule.num_steps
+    rows = np.arange(num_steps) * old // num_steps
+    increments = annealer.schedule.logits[rows]
     learned = isinstance(annealer.kernel, lehr.LearnedReverse)
     best: Any = None
     grid = list(itertools.product((1.0, 0.84, 0.71), (1.0, 0.7, 0.5), (1.0, 0.5) if learned else (1.0,)))
     for size, power, drift in grid:
 
         def changed(kernel: Any, size: float = size, power: float = power) -> Any:
-            log_sizes = jnp.repeat(kernel.log_step_size, 2, axis=0) + math.log(size)
+            log_sizes = kernel.log_step_size[rows] + math.log(size)
             kernel = eqx.tree_at(lambda k: k.log_step_size, kernel, log_sizes)
             if getattr(kernel, "logit_persistence", None) is None:
                 return kernel
-            gamma = jnp.repeat(kernel.persistence, 2, axis=0) ** power
+            gamma = kernel.persistence[rows] ** power
             return eqx.tree_at(lambda k: k.logit_persistence, kernel, jnp.log(gamma) - jnp.log1p(-gamma))
 
         kernel: Any = annealer.kernel
@@ -276,7 +278,8 @@ def measure(
             for key, problem in zip(keys, problems)
         ]
     else:
-        starts = [refined(key[0], coarse, problem) for key, coarse, problem in zip(keys, before, problems)]
+        num_steps = annealer(method, problems[0], num_gradients).schedule.num_steps
+        starts = [refined(key[0], coarse, problem, num_steps) for key, coarse, problem in zip(keys, before, problems)]
     trained = lehr.fit(
         keys[0][1],
         LogWeight(problems[0].log_target if same else stacked([p.log_target for p in problems]), same),
@@ -379,7 +382,7 @@ def main() -> int:
     parser.add_argument("--gradients", nargs="+", type=int, choices=GRADIENTS, default=list(GRADIENTS), metavar="K")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--iterations", type=int, default=2000, help="of training, for each row")
-    parser.add_argument("--refine", action="store_true", help="UHA, LDVI: start from the row with half the steps")
+    parser.add_argument("--refine", action="store_true", help="start from the row with half the steps")
     parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
     parser.add_argument("--plot", type=Path, help="a PNG of the gaps")
     parser.add_argument("--show", action="store_true", help="measure nothing: show what is in the file")
@@ -407,8 +410,7 @@ def main() -> int:
                 coarse = [before[seed] for seed in missing] if all(seed in before for seed in missing) else None
                 problems = [bases[seed][0] for seed in missing]
                 found, trained = measure(kind, problems, k, missing, options.iterations, coarse)
-                # A Langevin chain of K gradients has K - 1 steps: it is not twice another.
-                if options.refine and kind in ("UHA", "LDVI"):
+                if options.refine:
                     before = dict(zip(missing, trained))
                 for row in found:
                     _, base, fitting = bases[row["seed"]]

@@ -7,6 +7,7 @@ import tyro
 
 from lehr.commands import Compare, Evaluate, Evidence, Figure1, Figure2, GradientNoise, Sticking, Study, Train
 from lehr.errors import InputError
+from lehr.mh_studies import STUDIES
 
 _COMMANDS: dict[str, Any] = {
     "evidence": Evidence,
@@ -20,6 +21,7 @@ _STUDIES: dict[str, Any] = {
     "figure2": Figure2,
     "gradient-noise": GradientNoise,
     "sticking": Sticking,
+    **STUDIES,
     "list": Study,
 }
 

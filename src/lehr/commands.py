@@ -266,10 +266,20 @@ class Study:
     def run(self, arguments: list[str]) -> int:
         """Prints the studies; returns the exit code."""
         del arguments
-        print(
-            "lehr study figure1       gap of the bound on linear regression against the number of steps, and its rates"
-        )
-        print("lehr study figure2 RUN   likelihood of a trained run by IWAE, AIS, HAIS and DAIS against gradients")
-        print("lehr study gradient-noise  gap of the bound against data touched, with mini-batches and what helps")
-        print("lehr study sticking      variance of the gradient rules along training, down to the exact posterior")
+        for name, what in _STUDIES.items():
+            print(f"lehr study {name:15} {what}")
         return 0
+
+
+_STUDIES = {
+    "figure1": "gap of the bound on linear regression against the number of steps, and its rates",
+    "figure2 RUN": "likelihood of a trained run by IWAE, AIS, HAIS and DAIS against gradients",
+    "gradient-noise": "gap of the bound against data touched, with mini-batches and what helps",
+    "sticking": "variance of the gradient rules along training, down to the exact posterior",
+    "gaussian": "Metropolis-Hastings: excursions of alternatives, variance of every scheme and baseline",
+    "mixture": "Metropolis-Hastings: entropy of a discrete posterior, and the ascent to its maximum",
+    "ising": "Metropolis-Hastings: specific heat, its derivative, and the ascent to its maximum",
+    "proposal": "Metropolis-Hastings: proposals tuned by the gradient of the autocorrelation",
+    "couplings": "Metropolis-Hastings: variance times cost of every coupling over dimension",
+    "dimension": "Metropolis-Hastings: a network as the energy, with up to a million parameters",
+}

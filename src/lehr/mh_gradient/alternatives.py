@@ -20,7 +20,9 @@ from lehr.mh_gradient.target import Point
 
 
 class Alternatives(NamedTuple):
-    """Of a few slots: each holds a living alternative, if it has a strength."""
+    """Of a few slots: each holds a living alternative, if it has a strength. (One slot has no axis: code for an axis
+    of one would be slow.)
+    """
 
     point: Point
     #: its last position, where f is of two
@@ -33,7 +35,7 @@ class Alternatives(NamedTuple):
 class Lives(NamedTuple):
     """For diagnostics: of each step and slot its weight, and the age at which an alternative met the chain, or 0."""
 
-    kappa: Float[Array, " slots"]
+    kappa: Float[Array, " *slots"]
     met_after: Any
     born: Array
 
@@ -46,8 +48,8 @@ class Trace(NamedTuple):
     #: None if all births are flips
     tag: Any
     #: by slot: the step of birth, and kappa (f(Y) - f(X))
-    birth: Int[Array, " slots"]
-    contribution: Float[Array, "slots m"]
+    birth: Int[Array, " *slots"]
+    contribution: Float[Array, "*slots m"]
     #: whether it was accepted, and the position after the step, where the gradient needs them
     accepted: Any
     after: Any
@@ -132,10 +134,10 @@ def run_chain(
 
 
 def _none(start: Point, plan: Plan, dtype: Any) -> Alternatives:
-    num = plan.num_alternatives
-    points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *jnp.shape(leaf))), start)
-    zeros = jnp.zeros(num, dtype)
-    return Alternatives(points, points.x if plan.consecutive else None, jnp.zeros(num, jnp.int32), zeros, zeros)
+    shape = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
+    points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *jnp.shape(leaf))), start)
+    zeros = jnp.zeros(shape, dtype)
+    return Alternatives(points, points.x if plan.consecutive else None, jnp.zeros(shape, jnp.int32), zeros, zeros)
 
 
 def _others(
@@ -153,21 +155,22 @@ def _others(
 ) -> tuple[Alternatives, Trace]:
     """The alternatives after the step `move`, and what they add."""
     x, after = move.old.x, move.after
+    each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
     def followed(point: Point) -> Point:
         there = sampler.follow(move, point, extra)
         # With a coupling that is not faithful, and where f still sees that they were apart, chains may be together.
         return choose(jnp.all(point.x == x), after, there) if plan.consecutive or not sampler.faithful else there
 
-    points = jax.vmap(followed)(slots.point)
-    apart = jax.vmap(lambda y: jnp.any(y != after.x))(points.x)
+    points = each(followed)(slots.point)
+    apart = each(lambda y: jnp.any(y != after.x))(points.x)
     if plan.consecutive:  # f sees both
-        apart = apart | jax.vmap(lambda y: jnp.any(y != x))(slots.point.x)
+        apart = apart | each(lambda y: jnp.any(y != x))(slots.point.x)
     strength = jnp.where(apart, slots.strength, 0)
     birth = sampler.birth(move, extra, rule, gradient)
     # A free slot if there is one, else that of the weakest: the newborn is kept there in proportion to its strength.
     total = jnp.min(strength) + birth.strength
-    here = jnp.arange(len(strength)) == jnp.argmin(strength) if len(strength) > 1 else jnp.ones(1, bool)
+    here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
     born = extra.coin * total < birth.strength
     taken = here & born
     # 1/p and 1/(1 - p), p = strength of the newborn over the total; both are of the living only.
@@ -175,18 +178,16 @@ def _others(
     older = jnp.where(strength > 0, slots.kappa * jnp.where(here, total / jnp.where(strength > 0, strength, 1), 1), 0)
     met_after = jnp.where((slots.strength > 0) & ~apart, k - slots.birth, 0) if record.lives else None
     slots = Alternatives(
-        point=jax.vmap(lambda is_new, y: choose(is_new, birth.point, y))(taken, points),
-        previous=jax.vmap(lambda is_new, y: jnp.where(is_new, x, y))(taken, slots.point.x)
-        if plan.consecutive
-        else None,
+        point=each(lambda is_new, y: choose(is_new, birth.point, y))(taken, points),
+        previous=each(lambda is_new, y: jnp.where(is_new, x, y))(taken, slots.point.x) if plan.consecutive else None,
         birth=jnp.where(taken, k, slots.birth).astype(jnp.int32),
         kappa=jnp.where(taken, newborn, older).astype(slots.kappa.dtype),
         strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
     )
     before = slots.previous if plan.consecutive else slots.point.x
-    others = jax.vmap(f)(before, slots.point.x)
+    others = each(f)(before, slots.point.x)
     # kappa is 0 where none lives, but f may not be finite there.
-    contribution = jnp.where(slots.strength[:, None] > 0, slots.kappa[:, None] * (others - value), 0)
+    contribution = jnp.where(slots.strength[..., None] > 0, slots.kappa[..., None] * (others - value), 0)
     trace = Trace(
         birth.low,
         birth.high,
@@ -202,7 +203,8 @@ def _others(
 
 def by_birth(trace: Trace) -> Float[Array, "num_steps m"]:
     """The contributions of one chain, summed by the step at which the alternative was born."""
-    num_steps = len(trace.birth)
+    num_steps, width = len(trace.birth), trace.contribution.shape[-1]
+    births, contributions = trace.birth.reshape(num_steps, -1), trace.contribution.reshape(num_steps, -1, width)
 
     # An alternative's steps follow each other in its slot: summed from the last to the first.
     def step(carry, inputs):
@@ -211,6 +213,6 @@ def by_birth(trace: Trace) -> Float[Array, "num_steps m"]:
         total = jnp.where((birth == later)[:, None], total, 0) + contribution
         return (birth, total), jnp.sum(jnp.where((birth == k)[:, None], total, 0), axis=0)
 
-    start = jnp.full_like(trace.birth[0], -1), jnp.zeros_like(trace.contribution[0])
-    inputs = jnp.arange(num_steps), trace.birth, trace.contribution
+    start = jnp.full_like(births[0], -1), jnp.zeros_like(contributions[0])
+    inputs = jnp.arange(num_steps), births, contributions
     return jax.lax.scan(step, start, inputs, reverse=True)[1]

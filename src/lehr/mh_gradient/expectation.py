@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError, check_whole
@@ -27,14 +27,17 @@ _ENOUGH = 100
 
 
 class Kept(NamedTuple):
-    """Of all chains, what the gradient needs: decisions, their weights, and positions where f is differentiated."""
+    """Of all chains, what the gradient needs: decisions, their weights, and positions where f is differentiated.
+
+    Axes are steps, then chains, as the scan leaves them: to turn them round would cost as much as a pass.
+    """
 
     low: Array
     high: Array
     tag: Any
     accepted: Any
     after: Any
-    #: `(num_chains, num_steps, m)`
+    #: with a last axis of m
     weights: Array
 
 
@@ -204,6 +207,13 @@ class MHExpectation:
         """The mean of f over the chains; with `has_aux` also `Diagnostics`."""
         return self._estimator(params, key)
 
+    def weights(self, params: Any, key: PRNGKeyArray) -> Float[Array, "num_steps num_chains m"]:
+        """Of each decision, what it counts for: the gradient is their mean over chains times the log odds' gradients.
+
+        Those that are not 0 carry a birth, and cost a gradient of the log density each.
+        """
+        return _weights(self._estimator, params, key)
+
 
 def mh_expectation(
     log_density: Callable[[Any, Array], Array] | DensityRatio,
@@ -364,6 +374,17 @@ def _call(estimator: Estimator, params: Any, key: PRNGKeyArray) -> Any:
     )
 
 
+@eqx.filter_jit
+def _weights(estimator: Estimator, params: Any, key: PRNGKeyArray) -> Array:
+    run = _run(params, estimator, jax.random.split(key, estimator.chains.num_chains), alone=False)
+    return _by_decision(estimator, run.trace)
+
+
+def _by_decision(estimator: Estimator, trace: Any) -> Array:
+    plan = estimator.chains.plan
+    return jax.vmap(by_birth, in_axes=1, out_axes=1)(trace) / (plan.num_steps - plan.burn_in)
+
+
 def _leading(chains: Chains, params: Any, rows: Any) -> Any:
     """Of a gradient of each entry of the row, that of f's form: for each leaf of f a tree of parameters."""
 
@@ -402,7 +423,7 @@ def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
     def chain(key: Array, x0: Array) -> Run:
         return run_chain(sampler, f, key, x0, chains.plan, rule, gradient if needed else None, record)
 
-    return jax.vmap(chain)(keys, chains.starts(params))
+    return jax.vmap(chain, out_axes=Run(0, 0, 0, 1, 0))(keys, chains.starts(params))
 
 
 def _checked(run: Run, num_steps: int) -> Array:
@@ -442,7 +463,7 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
             "the support of the log density depends on the parameters, so that its gradient misses what moves in and "
             "out: give a lehr.mh_gradient.DensityRatio",
         )
-    weights = jax.vmap(by_birth)(trace) / (plan.num_steps - plan.burn_in)
+    weights = _by_decision(estimator, trace)
     kept = Kept(trace.low, trace.high, trace.tag, trace.accepted, trace.after, weights)
     if not estimator.has_aux:
         return (jnp.mean(means, axis=0), None), kept
@@ -468,7 +489,7 @@ def _each_gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept) -
 
     def of_chain(row: Any) -> Any:
         key, index = row
-        one = jax.tree.map(lambda leaf: leaf[index][None], kept)
+        one = jax.tree.map(lambda leaf: leaf[:, index][:, None], kept)
         return jax.vmap(lambda ct: _gradient(params, estimator, key[None], one, ct, index))(jnp.eye(width))
 
     return jax.lax.map(of_chain, (keys, jnp.arange(len(keys))))
@@ -487,7 +508,7 @@ def _gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: Ar
         def total(floats: Any) -> Array:
             params = eqx.combine(floats, others)
             starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
-            each = jax.vmap(_replay, in_axes=(None, None, 0, 0, 0, 0, None))
+            each = jax.vmap(_replay, in_axes=(None, None, 0, 0, 1, 1, None))
             return jnp.sum(each(params, estimator, keys, starts, kept.accepted, weights, scale))
 
         return jax.grad(total)(floats)
@@ -507,8 +528,9 @@ def _gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: Ar
     found = eqx.error_if(found, bad, text)
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
-        before = jnp.concatenate([starts[:, None], kept.after[:, :-1]], axis=1)
-        counts = jnp.broadcast_to(jnp.arange(chains.plan.num_steps) >= chains.plan.burn_in, kept.after.shape[:2])
+        before = jnp.concatenate([starts[None], kept.after[:-1]])
+        is_counted = jnp.arange(chains.plan.num_steps) >= chains.plan.burn_in
+        counts = jnp.broadcast_to(is_counted[:, None], kept.after.shape[:2])
 
         def of(floats: Any, row: Any) -> Array:
             return jnp.vdot(scale, chains.row(eqx.combine(floats, others))(*row))

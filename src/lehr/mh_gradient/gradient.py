@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-#: pairs of positions in one call of the log density's gradient
-_CHUNK = 4096
+#: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
+#: one, of which the last call wastes some
+_SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
 
 
 def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
-    num, size = len(weights), min(len(weights), _CHUNK)
+    num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = min(num, max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1))))
     # The j-th used row is where their running count reaches j + 1.
     running = jnp.cumsum(weights != 0)
 

@@ -148,7 +148,7 @@ class HeatBathSampler(eqx.Module):
         x, _ = self._drawn(other, move.colour, move.uniform)
         return Point(x, other.log_prob, None)
 
-    def log_odds(self, low: Array, high: Array, tag: Array, *, flips_only: bool) -> Float[Array, ""]:
+    def log_odds(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
         """log p(high) - log p(low)."""
         del tag, flips_only
         both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack([low, high]))

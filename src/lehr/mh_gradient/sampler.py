@@ -107,7 +107,7 @@ class MetropolisHastings(eqx.Module):
         """Where another chain goes."""
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
-    def log_odds(self, low: Array, high: Array, tag: Array, *, flips_only: bool) -> Float[Array, ""]:
+    def log_odds(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
         """What weights are gradients of: log ratio of a step from low to high, or log q, or the log of a scale."""
         target, proposal = self.kernel.target, self.kernel.proposal
         if isinstance(target.density, DensityRatio):
