@@ -14,6 +14,7 @@ from lehr import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 GRADIENT_NOISE = (Path(__file__).parents[1] / "docs" / "gradient-noise.md").read_text()
+MH_GRADIENTS = (Path(__file__).parents[1] / "docs" / "mh-gradients.md").read_text()
 TRAINING = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 
 
@@ -63,6 +64,17 @@ def test_the_block_of_the_page_on_gradient_noise_warns_and_mends(capsys):
     estimate, error = map(float, re.search(r"log Z = (\S+) \+- (\S+)", printed).groups())
     # By quadrature, below.
     assert abs(estimate - _log_evidence_of_the_page(block)) < 5 * error
+
+
+def test_the_block_of_the_page_on_mh_gradients_runs_and_prints_the_truth(capsys):
+    block = "".join(re.findall(r"```python\n(.*?)```", MH_GRADIENTS, flags=re.DOTALL))
+    exec(compile(block, "mh-gradients.md", "exec"), {"__name__": "mh-gradients"})
+    printed = capsys.readouterr().out
+    numbers = map(float, re.search(r"value (\S+) \+- (\S+), gradient (\S+) \+- (\S+)", printed).groups())
+    value, value_error, gradient, gradient_error = numbers
+    assert abs(value - (1.5**2 + 1)) < 5 * value_error
+    assert abs(gradient - 2 * 1.5) < 5 * gradient_error
+    assert 0 < gradient_error < 0.2
 
 
 def _log_evidence_of_the_page(block):
