@@ -36,7 +36,7 @@ _Rule = Callable[[Any, Chains, Array, _Path, Array], Any]
 
 
 def covariance_expectation(
-    log_density: Callable[[Any, Array], Array],
+    log_density: Callable[[Any, Array], Array] | DensityRatio,
     f: Callable[..., Any],
     proposal: Any,
     x0: Any,
@@ -65,7 +65,7 @@ def covariance_expectation(
 
 
 def score_expectation(
-    log_density: Callable[[Any, Array], Array],
+    log_density: Callable[[Any, Array], Array] | DensityRatio,
     f: Callable[..., Any],
     proposal: Any,
     x0: Any,
@@ -99,7 +99,7 @@ def score_expectation(
 
 
 def difference_expectation(
-    log_density: Callable[[Any, Array], Array],
+    log_density: Callable[[Any, Array], Array] | DensityRatio,
     f: Callable[..., Any],
     proposal: Any,
     x0: Any,

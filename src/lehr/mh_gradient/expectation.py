@@ -112,7 +112,7 @@ class Chains(eqx.Module):
         if x0.ndim not in (1, 2) or (x0.ndim == 2 and x0.shape[0] != self.num_chains) or 0 in x0.shape:
             raise InputError(f"x0 must be a position (dim,), or {self.num_chains} of them, but its shape is {x0.shape}")
         proposal = self.proposal_of(params)
-        proposal.check(x0[0] if x0.ndim == 2 else x0)
+        proposal.check(x0)
         if isinstance(proposal, HeatBath):
             proposal.check_density(Target(self.density, params, False), x0[0] if x0.ndim == 2 else x0)
         _check_pair(proposal, self.coupling)
@@ -511,7 +511,7 @@ def _gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: Ar
             each = jax.vmap(_replay, in_axes=(None, None, 0, 0, 1, 1, None))
             return jnp.sum(each(params, estimator, keys, starts, kept.accepted, weights, scale))
 
-        return jax.grad(total)(floats)
+        return _finite(jax.grad(total)(floats))
 
     def flat(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
@@ -523,9 +523,7 @@ def _gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: Ar
         rows,
         flat(weights),
     )
-    bad = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found)]))
-    text = "the gradient of the log density in its parameters is not finite where the chain went: mend it there"
-    found = eqx.error_if(found, bad, text)
+    found = _finite(found)
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
         before = jnp.concatenate([starts[None], kept.after[:-1]])
@@ -538,6 +536,12 @@ def _gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: Ar
         direct = weighted_gradient(of, floats, flat((before, kept.after)), flat(counts) * 1.0)
         found = jax.tree.map(jnp.add, found, direct)
     return found
+
+
+def _finite(gradient: Any) -> Any:
+    bad = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)]))
+    text = "the gradient in the parameters is not finite where the chain went: mend that of the log density, or of f"
+    return eqx.error_if(gradient, bad, text)
 
 
 def _replay(

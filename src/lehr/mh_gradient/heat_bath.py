@@ -1,5 +1,6 @@
 """The heat bath (Gibbs sampler) for spins on a graph: all sites of a colour at once."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -41,7 +42,7 @@ class HeatBath(eqx.Module):
     #: as many steps are a sweep
     num_colours: int = eqx.field(static=True)
 
-    def __init__(self, colours: ArrayLike):
+    def __init__(self, colours: ArrayLike | Sequence[int]):
         array = np.asarray(colours)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise InputError("the colours of HeatBath must be whole numbers, one for each site")
@@ -66,7 +67,7 @@ class HeatBath(eqx.Module):
         check_spins(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise InputError("HeatBath takes spins as floats, for their derivatives: give x0 as +1.0 and -1.0")
-        if x.shape != self.colours.shape:
+        if x.shape[-1:] != self.colours.shape:
             raise InputError(f"HeatBath has colours of {len(self.colours)} sites, but x0 has the shape {x.shape}")
 
     def check_density(self, target: Target, x: Any) -> None:

@@ -115,7 +115,7 @@ class AbstractGaussian(AbstractProposal):
 
     def check(self, x: Any) -> None:
         super().check(x)
-        self.scale.check(f"the scale of {type(self).__name__}", x.shape[0])
+        self.scale.check(f"the scale of {type(self).__name__}", x.shape[-1])
 
 
 class RandomWalk(AbstractGaussian):
@@ -195,6 +195,11 @@ class PCN(AbstractGaussian):
     def mean(self, point: Point) -> Float[Array, " dim"]:
         return self.loc + jnp.sqrt(1 - self.step**2) * (point.x - self.loc)
 
+    def check(self, x: Any) -> None:
+        super().check(x)
+        if self.loc.shape not in ((), x.shape[-1:]):
+            raise InputError(f"the loc of PCN has the shape {self.loc.shape}, but positions have {x.shape[-1:]}")
+
 
 class Independence(AbstractProposal):
     """The independence sampler, q(x, .) = q(.).
@@ -220,6 +225,12 @@ class Independence(AbstractProposal):
         del point
         return self.distribution.log_prob(x_new)
 
+    def check(self, x: Any) -> None:
+        super().check(x)
+        drawn = jax.eval_shape(self.distribution.sample, jax.eval_shape(lambda: jax.random.key(0)))
+        if drawn.shape != x.shape[-1:]:
+            raise InputError(f"Independence draws positions of the shape {drawn.shape}, but x0 has {x.shape[-1:]}")
+
 
 class DiscreteUniform(AbstractProposal):
     """One coordinate, drawn at random, moves to one of its other states, all alike.
@@ -244,7 +255,10 @@ class DiscreteUniform(AbstractProposal):
 
     def propose(self, point: Point, noise: Any) -> Array:
         site, shift = noise
-        return point.x.at[site].set((point.x[site] + shift) % self.num_states)
+        # Not the remainder of x + shift: the sum may not fit the type of x.
+        left = (self.num_states - shift.astype(jnp.int32)).astype(point.x.dtype)
+        x = point.x[site]
+        return point.x.at[site].set(jnp.where(x < left, x + shift, x - left))
 
     def log_prob(self, point: Point, x_new: Array) -> Float[Array, ""]:
         del x_new
@@ -253,6 +267,8 @@ class DiscreteUniform(AbstractProposal):
     def check(self, x: Any) -> None:
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise InputError(f"DiscreteUniform moves integer positions, but x0 is of type {x.dtype}")
+        if self.num_states - 1 > jnp.iinfo(x.dtype).max:
+            raise InputError(f"{self.num_states} states do not fit the type of x0, {x.dtype}: give it as int32")
         if is_concrete(x) and not np.all((np.asarray(x) >= 0) & (np.asarray(x) < self.num_states)):
             raise InputError(f"DiscreteUniform moves positions from 0 to {self.num_states - 1}, but x0 is {x}")
 
@@ -294,12 +310,12 @@ class OwnProposal(AbstractProposal):
         return self.own.log_prob(point.x, x_new)
 
     def check(self, x: Any) -> None:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        new = jax.eval_shape(self.own.sample, key, x)
-        if new.shape != x.shape or new.dtype != x.dtype:
+        key, one = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct(x.shape[-1:], x.dtype)
+        new = jax.eval_shape(self.own.sample, key, one)
+        if new.shape != one.shape or new.dtype != one.dtype:
             raise InputError(
                 f"sample(key, x) of {type(self.own).__name__} gives {new.dtype}{list(new.shape)}, but x0 is "
-                f"{x.dtype}{list(x.shape)}: it must give positions like x"
+                f"{one.dtype}{list(one.shape)}: it must give positions like x"
             )
 
 
