@@ -25,8 +25,9 @@ class Alternatives(NamedTuple):
     """
 
     point: Point
-    #: its last position, where f is of two
+    #: where f is of two positions: its last one, and whether it is apart from the chain now (if not, it was before)
     previous: Any
+    apart: Any
     birth: Any
     kappa: Any
     strength: Any
@@ -59,10 +60,10 @@ class Trace(NamedTuple):
 class Run(NamedTuple):
     """The mean of f after burn-in, the share of accepted proposals, and with alternatives their trace."""
 
-    mean: Float[Array, " m"]
+    mean: Any
     #: NaN, if a log ratio was no number
-    acceptance: Float[Array, ""]
-    bad_start: Array
+    acceptance: Any
+    bad_start: Any
     trace: Any
     #: age of the oldest alternative at the end, in steps
     oldest: Any
@@ -137,7 +138,8 @@ def _none(start: Point, plan: Plan, dtype: Any) -> Alternatives:
     shape = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
     points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *jnp.shape(leaf))), start)
     zeros = jnp.zeros(shape, dtype)
-    return Alternatives(points, points.x if plan.consecutive else None, jnp.zeros(shape, jnp.int32), zeros, zeros)
+    previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
+    return Alternatives(points, previous, apart, jnp.zeros(shape, jnp.int32), zeros, zeros)
 
 
 def _others(
@@ -157,16 +159,13 @@ def _others(
     x, after = move.old.x, move.after
     each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
-    def followed(point: Point) -> Point:
-        there = sampler.follow(move, point, extra)
-        # With a coupling that is not faithful, and where f still sees that they were apart, chains may be together.
-        return choose(jnp.all(point.x == x), after, there) if plan.consecutive or not sampler.faithful else there
-
-    points = each(followed)(slots.point)
-    apart = each(lambda y: jnp.any(y != after.x))(points.x)
-    if plan.consecutive:  # f sees both
-        apart = apart | each(lambda y: jnp.any(y != x))(slots.point.x)
-    strength = jnp.where(apart, slots.strength, 0)
+    points, met = each(lambda point: sampler.follow(move, point, extra))(slots.point)
+    apart, lives = ~met, ~met
+    if plan.consecutive:
+        # Of two positions f sees for one more step that they were apart; until then, together.
+        points = each(lambda is_apart, there: choose(is_apart, there, after))(slots.apart, points)
+        apart, lives = slots.apart & ~met, slots.apart
+    strength = jnp.where(lives, slots.strength, 0)
     birth = sampler.birth(move, extra, rule, gradient)
     # A free slot if there is one, else that of the weakest: the newborn is kept there in proportion to its strength.
     total = jnp.min(strength) + birth.strength
@@ -176,10 +175,11 @@ def _others(
     # 1/p and 1/(1 - p), p = strength of the newborn over the total; both are of the living only.
     newborn = birth.coefficient * total / jnp.where(born, birth.strength, 1)
     older = jnp.where(strength > 0, slots.kappa * jnp.where(here, total / jnp.where(strength > 0, strength, 1), 1), 0)
-    met_after = jnp.where((slots.strength > 0) & ~apart, k - slots.birth, 0) if record.lives else None
+    met_after = jnp.where((slots.strength > 0) & ~lives, k - slots.birth, 0) if record.lives else None
     slots = Alternatives(
         point=each(lambda is_new, y: choose(is_new, birth.point, y))(taken, points),
         previous=each(lambda is_new, y: jnp.where(is_new, x, y))(taken, slots.point.x) if plan.consecutive else None,
+        apart=apart | taken if plan.consecutive else None,
         birth=jnp.where(taken, k, slots.birth).astype(jnp.int32),
         kappa=jnp.where(taken, newborn, older).astype(slots.kappa.dtype),
         strength=jnp.where(here, total, strength).astype(slots.strength.dtype),

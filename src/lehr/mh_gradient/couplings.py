@@ -1,7 +1,10 @@
 """Couplings: how a second chain is moved with the first, so that it follows its own law, and meets the first.
 
-A coupling is *faithful* if chains that have met stay together. All here are but `Independent`; for it `stay_together`
-keeps them so, which changes no law, because it is the same kernel from the same place.
+That chains have met is a flag, and not read off their positions: a compiler may compute x' twice, and round it
+otherwise where y' takes it.
+
+A coupling is *faithful* if chains at the same position move alike. All here are but `Independent`. In the engine chains
+that have met stay together by any coupling, which changes no law: it is the same kernel from the same place.
 """
 
 import abc
@@ -36,6 +39,25 @@ class Move(NamedTuple):
     noise: Any
 
 
+class Proposed(NamedTuple):
+    """y', and whether it is x'; None where that can be read off the positions."""
+
+    x: Any
+    same: Any = None
+
+
+class Followed(NamedTuple):
+    """Where the other chain went, and whether it has met the first."""
+
+    point: Point
+    met: Any
+
+    @property
+    def x(self) -> Array:
+        """Its position."""
+        return self.point.x
+
+
 class Kernel(NamedTuple):
     """What a step needs: the target, and the proposal."""
 
@@ -68,7 +90,7 @@ class AbstractCoupling(eqx.Module):
         del proposal, key, num_steps, x
 
     @abc.abstractmethod
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         """y', of the law q(y, .)."""
 
     def log_uniform(self, move: Move, other: Point) -> Float[Array, ""]:
@@ -76,11 +98,14 @@ class AbstractCoupling(eqx.Module):
         del other
         return move.log_uniform
 
-    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Point:
+    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Followed:
         """Where the other chain goes."""
-        new = kernel.target.at(self.propose(kernel, move, other, noise))
+        x_new, same = self.propose(kernel, move, other, noise)
+        new = kernel.target.at(x_new)
         accepted = self.log_uniform(move, other) < kernel.log_ratio(new, other)
-        return choose(accepted, new, other)
+        after = choose(accepted, new, other)
+        met = jnp.all(after.x == move.after.x) if same is None else same & accepted & move.accepted
+        return Followed(after, met)
 
 
 class CommonRandomNumbers(AbstractCoupling):
@@ -90,15 +115,15 @@ class CommonRandomNumbers(AbstractCoupling):
     a continuous space never meet: then use a reflection.
     """
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         del noise
-        return kernel.proposal.propose(other, move.noise)
+        return Proposed(kernel.proposal.propose(other, move.noise))
 
 
 class Independent(AbstractCoupling):
     """A fresh proposal for the other chain, from noise of its own. Any proposal; a bad coupling, to compare with.
 
-    Chains in a continuous space never meet, but with an independence sampler none do either.
+    Chains in a continuous space never meet.
     """
 
     faithful: ClassVar[bool] = False
@@ -106,8 +131,8 @@ class Independent(AbstractCoupling):
     def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Any:
         return proposal.noise(key, num_steps, x)
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
-        return kernel.proposal.propose(other, noise)
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
+        return Proposed(kernel.proposal.propose(other, noise))
 
 
 class MaximalReflection(AbstractCoupling):
@@ -130,7 +155,7 @@ class MaximalReflection(AbstractCoupling):
         del proposal
         return -jax.random.exponential(key, (num_steps,), x.dtype)
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         proposal = kernel.proposal
         assert isinstance(proposal, AbstractGaussian)
         z, mean = move.noise, proposal.mean(other)
@@ -139,7 +164,7 @@ class MaximalReflection(AbstractCoupling):
         # |z + d|^2 - |z|^2 without the cancellation of two large numbers
         same = noise <= -(along + square / 2)
         reflected = mean + proposal.scale.times(z - 2 * along / jnp.where(square > 0, square, 1) * d)
-        return jnp.where(same, move.new.x, reflected)
+        return Proposed(jnp.where(same, move.new.x, reflected), same)
 
 
 class GCRefl(AbstractCoupling):
@@ -180,7 +205,7 @@ class GCRefl(AbstractCoupling):
         key_same, key_along = jax.random.split(key)
         return MaximalReflection().noise(proposal, key_same, num_steps, x), normal(key_along, (num_steps,), x.dtype)
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         proposal = kernel.proposal
         assert isinstance(proposal, RandomWalk)
         log_uniform, xi = noise
@@ -190,7 +215,11 @@ class GCRefl(AbstractCoupling):
 
         def along(point: Point) -> Array:
             gradient = proposal.scale.transposed_times(point.gradient)
-            return _unit(gradient - jnp.dot(e, gradient) * e)
+            rest = gradient - jnp.sum(e * gradient) * e
+            # Of a gradient along e nothing is left but rounding, which is no direction.
+            is_some = jnp.sum(rest**2) > 1e-6 * jnp.sum(gradient**2)
+            rest = jnp.where(is_some, _unit(rest), 0)
+            return _unit(rest - jnp.sum(e * rest) * e)
 
         n_x, n_y = along(move.old), along(other)
         shared = jnp.dot(n_x, z)
@@ -200,7 +229,8 @@ class GCRefl(AbstractCoupling):
         corrected = jnp.where(has_both, w - jnp.dot(n_y, w) * n_y + shared * n_y, z)
         far = other.x + proposal.scale.times(corrected - 2 * jnp.dot(e, z) * e)
         threshold = z.shape[0] if self.threshold is None else self.threshold
-        return jnp.where(jnp.sum(d**2) < threshold, near, far)
+        is_near = jnp.sum(d**2) < threshold
+        return Proposed(jnp.where(is_near, near.x, far), is_near & near.same)
 
 
 class MaximalIndependent(AbstractCoupling):
@@ -217,19 +247,19 @@ class MaximalIndependent(AbstractCoupling):
                 f"MaximalIndependent is for DiscreteUniform, not for {type(proposal).__name__}: use CommonRandomNumbers"
             )
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         del kernel, noise
         site, _ = move.noise
         there = move.new.x[site]
-        return other.x.at[site].set(jnp.where(there != other.x[site], there, move.old.x[site]))
+        return Proposed(other.x.at[site].set(jnp.where(there != other.x[site], there, move.old.x[site])))
 
 
 class MonotoneSpin(AbstractCoupling):
     """Both chains turn the same spin, and agree on it as often as can be.
 
     Where they differ in that spin, one would go up and the other down, and y' is decided by 1 - u in place of u: so
-    both end up, or both down, as often as can be. In ferromagnets order is kept: from x <= y, x' <= y'.
-    With `HeatBath` the same uniform number decides on each spin of both chains.
+    both end up, or both down, as often as can be. With `HeatBath` the same uniform number decides on each spin of both
+    chains, and in ferromagnets order is kept: from x <= y, x' <= y'.
 
     For `SpinFlip` and `HeatBath`.
 
@@ -240,9 +270,9 @@ class MonotoneSpin(AbstractCoupling):
         if not isinstance(proposal, SpinFlip):
             raise InputError(f"MonotoneSpin is for SpinFlip and HeatBath, not for {type(proposal).__name__}")
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         del noise
-        return kernel.proposal.propose(other, move.noise)
+        return Proposed(kernel.proposal.propose(other, move.noise))
 
     def log_uniform(self, move: Move, other: Point) -> Float[Array, ""]:
         agree = move.old.x[move.noise] == other.x[move.noise]
@@ -270,10 +300,10 @@ class FullKernelMaximal(AbstractCoupling):
         del proposal, x
         return jax.random.split(key, num_steps)
 
-    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Array:
+    def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         raise NotImplementedError  # it couples what follows acceptance
 
-    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Point:
+    def follow(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Followed:
         key_same, key_rest = jax.random.split(noise)
 
         def log_kernel(old: Point, new: Point) -> Array:
@@ -300,7 +330,7 @@ class FullKernelMaximal(AbstractCoupling):
         together = jnp.all(move.old.x == other.x)
         start = (key_rest, choose(same, move.new, move.after), same | together)
         _, found, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
-        return found
+        return Followed(found, same | together)
 
 
 def _check_gaussian(coupling: AbstractCoupling, proposal: AbstractProposal) -> None:

@@ -83,7 +83,18 @@ def warn_of_unmet(oldest: Array, num_steps: int) -> None:
         if text is not None:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    jax.lax.cond(share > _WORTH_A_WARNING, lambda: jax.debug.callback(warn, share), lambda: None)
+    # Of a batch the largest: a callback for each entry would be compiled one by one.
+    @jax.custom_batching.custom_vmap
+    def said(share: Array) -> Array:
+        jax.lax.cond(share > _WORTH_A_WARNING, lambda: jax.debug.callback(warn, share), lambda: None)
+        return share
+
+    @said.def_vmap
+    def _(axis_size: int, in_batched: list[bool], share: Array) -> tuple[Array, bool]:
+        del axis_size, in_batched
+        return said(jnp.max(share)), False
+
+    said(share)
 
 
 def _in_words(share: float, num_steps: int) -> str | None:

@@ -141,7 +141,7 @@ class Estimator(eqx.Module):
             lambda leaf: jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf, params
         )
         self.chains.check(params)
-        self._check(params)
+        self.check(params)
         return _call(self, params, key)
 
     @property
@@ -161,11 +161,15 @@ class Estimator(eqx.Module):
         has_any = (self.chains.proposal_has_params or drifts) and not self.pathwise
         return self.rule if has_any else self.rule._replace(proposal_gradient=None)
 
-    def _check(self, params: Any) -> None:
+    def check(self, params: Any) -> None:
+        """Raises `InputError` for a rule that does not fit the chains."""
         proposal, route = self.chains.proposal_of(params), self.rule.proposal_gradient
         in_ratio = isinstance(self.chains.density, DensityRatio)
         if in_ratio and (self.pathwise or self.own_births.proposal_gradient is not None):
             raise InputError("a DensityRatio is for proposals without parameters and drift, and an x0 that is given")
+        coupling = self.chains.coupling
+        if in_ratio and coupling is not None and coupling.needs_gradient:
+            raise InputError(f"a DensityRatio has no gradient, which {type(coupling).__name__} needs: take another")
         if callable(self.chains.x0) and route != "pathwise":
             raise InputError('an x0 that depends on the parameters needs proposal_gradient="pathwise"')
         if isinstance(proposal, HeatBath):

@@ -54,7 +54,11 @@ class Scale(eqx.Module):
 
     def __init__(self, name: str, value: ArrayLike):
         if is_concrete(value):
-            array = np.asarray(value, np.float64)
+            array: Any
+            try:
+                array = np.asarray(value, np.float64)
+            except (TypeError, ValueError):
+                array = np.full((), np.nan)
             diagonal = np.diagonal(array) if array.ndim == 2 else array
             triangular = array.ndim < 2 or (array.shape[0] == array.shape[1] and not np.triu(array, 1).any())
             if array.ndim > 2 or not triangular or not np.all(np.isfinite(array)) or not np.all(diagonal > 0):
@@ -63,6 +67,10 @@ class Scale(eqx.Module):
                     f"positive diagonal, but it is {str(value)[:60]}"
                 )
         self.value = jnp.asarray(value, jnp.result_type(float))
+        if not is_concrete(value):
+            diagonal = jnp.diagonal(self.value) if self.value.ndim == 2 else self.value
+            text = f"{name} must be positive"
+            self.value = eqx.error_if(self.value, ~jnp.all(diagonal > 0), text)
         self.inverse = inverse_of_lower(self.value) if self.value.ndim == 2 else 1 / self.value
 
     def times(self, z: Array) -> Array:
@@ -190,6 +198,8 @@ class PCN(AbstractGaussian):
         self.step = jnp.asarray(step, jnp.result_type(float))
         Scale("the scale of PCN", scale)  # before it is multiplied, for the message
         self.scale = Scale("the scale of PCN", self.step * jnp.asarray(scale))
+        if is_concrete(loc) and not np.all(np.isfinite(np.asarray(loc, np.float64))):
+            raise InputError(f"the loc of PCN must be finite, but it is {str(loc)[:60]}")
         self.loc = jnp.asarray(loc, jnp.result_type(float))
 
     def mean(self, point: Point) -> Float[Array, " dim"]:
@@ -321,5 +331,7 @@ class OwnProposal(AbstractProposal):
 
 def check_spins(x: Any) -> None:
     """Raises `InputError` for positions other than +1 and -1."""
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.signedinteger)):
+        raise InputError(f"spins are +1 or -1, which {x.dtype} has not: give them as floats or signed integers")
     if is_concrete(x) and not np.all(np.abs(np.asarray(x)) == 1):
         raise InputError("spins are +1 or -1, but x0 has other numbers: give for example jnp.ones(num_sites)")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Strength, Weights, flip_coefficient
-from lehr.mh_gradient.couplings import AbstractCoupling, Kernel, Move, choose
+from lehr.mh_gradient.couplings import AbstractCoupling, Followed, Kernel, Move, choose
 from lehr.mh_gradient.proposals import AbstractGaussian
 from lehr.mh_gradient.target import DensityRatio, Point
 
@@ -51,11 +51,6 @@ class MetropolisHastings(eqx.Module):
 
     kernel: Kernel
     coupling: AbstractCoupling
-
-    @property
-    def faithful(self) -> bool:
-        """Whether chains that are together stay together."""
-        return self.coupling.faithful
 
     def start(self, x: Array) -> Point:
         """The first state."""
@@ -103,7 +98,7 @@ class MetropolisHastings(eqx.Module):
         new = self.kernel.target.at(jnp.where(accepted | used, x_new, jax.lax.stop_gradient(point.x)))
         return choose(accepted, new, point), self.kernel.log_ratio(new, point)
 
-    def follow(self, move: Move, other: Point, extra: Extra) -> Point:
+    def follow(self, move: Move, other: Point, extra: Extra) -> Followed:
         """Where another chain goes."""
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
