@@ -255,6 +255,7 @@ def measure(
     seeds: list[int],
     num_iterations: int,
     before: list[lehr.Annealer] | None = None,
+    rate: float = 1e-2,
 ) -> tuple[list[dict[str, Any]], list[lehr.Annealer]]:
     """Tunes, trains and scores an annealer for each seed, all at once where their problems are alike.
 
@@ -266,7 +267,7 @@ def measure(
     same = all(problem is problems[0] for problem in problems)
     if not same and not alike(problems):
         each = [
-            measure(method, [p], num_gradients, [seed], num_iterations, None if before is None else [before[i]])
+            measure(method, [p], num_gradients, [seed], num_iterations, None if before is None else [before[i]], rate)
             for i, (p, seed) in enumerate(zip(problems, seeds))
         ]
         return [rows[0] for rows, _ in each], [trained[0] for _, trained in each]
@@ -285,7 +286,7 @@ def measure(
         LogWeight(problems[0].log_target if same else stacked([p.log_target for p in problems]), same),
         stacked([start for start, _ in starts]),
         # Short runs start where tuning ended, and stay near.
-        of_each(optimiser(min(1e-2, 1e-5 * num_iterations), num_iterations)),
+        of_each(optimiser(min(1e-2 if before is None else rate, 1e-5 * num_iterations), num_iterations)),
         num_iterations,
         progress=False,
     )
@@ -383,6 +384,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--iterations", type=int, default=2000, help="of training, for each row")
     parser.add_argument("--refine", action="store_true", help="start from the row with half the steps")
+    parser.add_argument("--rate", type=float, default=1e-2, help="largest learning rate of refined rows")
     parser.add_argument("--json", type=Path, help="results are kept here, and not measured again")
     parser.add_argument("--plot", type=Path, help="a PNG of the gaps")
     parser.add_argument("--show", action="store_true", help="measure nothing: show what is in the file")
@@ -409,7 +411,7 @@ def main() -> int:
                 kind = "LDVI" if method == "best" else method
                 coarse = [before[seed] for seed in missing] if all(seed in before for seed in missing) else None
                 problems = [bases[seed][0] for seed in missing]
-                found, trained = measure(kind, problems, k, missing, options.iterations, coarse)
+                found, trained = measure(kind, problems, k, missing, options.iterations, coarse, options.rate)
                 if options.refine:
                     before = dict(zip(missing, trained))
                 for row in found:

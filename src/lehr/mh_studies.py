@@ -24,7 +24,7 @@ class Gaussian(_Study):
 
     out: Path = Path("runs/mh-gaussian")
     """folder for mh-gaussian.json and mh-gaussian.png"""
-    num_chains: int = 2000
+    num_chains: int = 10_000
     """chains of each gradient"""
     seed: int = 0
     """of every random number of the study"""
@@ -74,7 +74,7 @@ class Proposal(_Study):
 
     out: Path = Path("runs/mh-proposal")
     """folder for mh-proposal.json and mh-proposal.png"""
-    num_chains: int = 64
+    num_chains: int = 8192
     """chains of each gradient"""
     seed: int = 0
     """of every random number of the study"""
