@@ -192,7 +192,7 @@ def test_figure1_says_the_rates(tmp_path, capsys):
     assert len(curves) == 15
     # The simulation does not know the closed form.
     z = [dot["z"] for row in result["curves"] for dot in row["simulated"]]
-    assert len(z) == 20
+    assert len(z) == 30
     assert max(map(abs, z)) < 6
     for c in (0.25, 0.5):
         falling, noisy = curves["persistence 0.9", c], curves["batches of 100", c]

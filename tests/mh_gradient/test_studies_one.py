@@ -44,6 +44,7 @@ def test_gaussian(tmp_path, monkeypatch):
     assert reflection["alternative"][-1] == pytest.approx(reflection["chain"][-1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_mixture(tmp_path, monkeypatch):
     for name, value in (("NUM_STEPS", 1000), ("LENGTHS", (50, 800)), ("ESTIMATORS", ("alternatives", "score"))):
         monkeypatch.setattr(mh_mixture, name, value)
@@ -57,6 +58,7 @@ def test_mixture(tmp_path, monkeypatch):
     assert costs["alternatives", 800] < 2 * costs["alternatives", 50]
 
 
+@pytest.mark.slow
 def test_proposal(tmp_path, monkeypatch):
     few = ("pathwise", "weak")
     monkeypatch.setattr(mh_proposal, "ROUTES", {name: mh_proposal.ROUTES[name] for name in (*few, "MALA")})

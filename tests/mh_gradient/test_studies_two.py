@@ -56,6 +56,7 @@ def test_the_specific_heat_of_groups_is_unbiased():
     assert abs(found.mean() - 1) < 5 * found.std() / len(found) ** 0.5 < 0.3
 
 
+@pytest.mark.slow
 def test_ising(tmp_path, monkeypatch):
     small = {"TEMPERATURES": (2.5, 4.0), "SWEEPS": (50, 100), "COMPARED_AT": (4.0,)}
     for name, value in (small | {"RUN_SWEEPS": (20, 50), "ITERATIONS": 120}).items():
