@@ -10,6 +10,11 @@ from typing import ClassVar
 class _Study:
     name: ClassVar[str]
 
+    seed: int = 0
+    """of every random number of the study"""
+    json: bool = False
+    """print the result as JSON too"""
+
     def run(self, arguments: list[str]) -> int:
         """Runs the study; returns the exit code."""
         del arguments
@@ -26,10 +31,6 @@ class Gaussian(_Study):
     """folder for mh-gaussian.json and mh-gaussian.png"""
     num_chains: int = 10_000
     """chains of each gradient"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,6 @@ class Mixture(_Study):
     """folder for mh-mixture.json and mh-mixture.png"""
     num_chains: int = 64
     """chains of each gradient"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +57,6 @@ class Ising(_Study):
     """of the lattice, even"""
     num_chains: int = 64
     """chains of each gradient"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +69,6 @@ class Proposal(_Study):
     """folder for mh-proposal.json and mh-proposal.png"""
     num_chains: int = 8192
     """chains of each gradient"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +81,6 @@ class Couplings(_Study):
     """folder for mh-couplings.json and mh-couplings.png"""
     num_chains: int = 500
     """chains of each gradient"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +97,6 @@ class Dimension(_Study):
     """gradients, for their variance"""
     largest: int = 1_000_000
     """parameters, about, of the largest network"""
-    seed: int = 0
-    """of every random number of the study"""
-    json: bool = False
-    """print the result as JSON too"""
 
 
 STUDIES = {kind.name: kind for kind in (Gaussian, Mixture, Ising, Proposal, Couplings, Dimension)}

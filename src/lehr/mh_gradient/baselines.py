@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
-from lehr.mh_gradient.expectation import Chains, make_chains
+from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.gradient import weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
 from lehr.mh_gradient.target import DensityRatio
@@ -135,9 +135,7 @@ def _made(
         raise InputError("a DensityRatio has no gradient of a log density: use lehr.mh_expectation")
 
     def expectation(params: Any, key: PRNGKeyArray) -> Any:
-        params = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf, params
-        )
+        params = as_arrays(params)
         chains.check(params)
         return _call(params, chains, rule, key)
 
