@@ -82,8 +82,8 @@ def test_planted_bugs_are_seen(monkeypatch):
     """A lost sign, and births of both one-sided schemes at once; another strength is none."""
     coefficient, strength = births.flip_coefficient, sampler.strength_of
 
-    def lost_sign(*arguments):
-        return jnp.abs(coefficient(*arguments))
+    def lost_sign(weights, taken, *rest):
+        return jnp.where(taken, -1, 1) * coefficient(weights, taken, *rest)
 
     def both_sides(weights, *rest):
         return coefficient("right", *rest) + coefficient("left", *rest)

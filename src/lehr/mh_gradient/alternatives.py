@@ -1,9 +1,17 @@
-"""A chain, and beside it a few alternatives that are born, kept or dropped by a coin, and end when they meet it.
+"""Chains, and beside each a few alternatives that are born, kept or dropped by a coin, and end when they meet it.
 
-An alternative is a chain that took one decision otherwise. It carries a number kappa, its weight over the gradient of
-that decision's log odds; with Y the alternative and X the chain, sum_i kappa_i (f(Y_i) - f(X_i)) grad log_odds_k is
-what the decision at step k adds to the gradient. So the scan needs no derivative at all: it emits these numbers
-with the step of birth, and one pass over the births gives the gradient in any number of parameters.
+An alternative is a chain that took one decision otherwise. With Y the alternative and X the chain,
+
+    sum_i kappa_i (f(Y_i) - f(X_i)) grad log_odds_k
+
+is what the decision at step k adds to the gradient, kappa the weight over the gradient of that decision's log odds. So
+no loop needs a derivative: they leave a number for each decision, and one pass over the decisions that count gives the
+gradient in any number of parameters. A group of steps is run in three stages: the chains; what could be born of each of
+their decisions; the alternatives. When all groups are done, what alternatives gathered goes to their decisions.
+
+Kept by coins that take the newborn with probability p = m / M, m its strength and M that of all since the slot
+was empty, an alternative has kappa = (c / m) M: c / p = (c / m) M at birth, and each newborn that is not kept
+multiplies kappa by 1 / (1 - p), and M by as much. The loop knows M alone.
 """
 
 from collections.abc import Callable
@@ -11,12 +19,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
-from lehr.chunked_scan import scan_with_noise
+from lehr.chunked_scan import GROUP, group_keys, in_groups, scan_groups
+from lehr.mh_gradient.births import Birth
 from lehr.mh_gradient.couplings import choose
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
+
+#: numbers in a group of steps, of all chains' positions: what fits a cache
+_NUMBERS = 2**17
 
 
 class Alternatives(NamedTuple):
@@ -28,29 +40,32 @@ class Alternatives(NamedTuple):
     #: where f is of two positions: its last one, and whether it is apart from the chain now (if not, it was before)
     previous: Any
     apart: Any
-    birth: Any
-    kappa: Any
+    #: M: of all that were born since the slot was empty
     strength: Any
 
 
 class Lives(NamedTuple):
-    """For diagnostics: of each step and slot its weight, and the age at which an alternative met the chain, or 0."""
+    """For diagnostics, of each slot after each step: its strength, and whether its alternative met the chain."""
 
-    kappa: Float[Array, " *slots"]
-    met_after: Any
-    born: Array
+    strength: Any
+    met: Any
 
 
 class Trace(NamedTuple):
-    """What each step of a chain leaves for the gradient: its decision, and what the alternatives after it add."""
+    """What each step of each chain leaves for the gradient: its decision, and what the alternatives after it add.
+
+    Axes are steps, chains: to turn them round would cost as much as a pass.
+    """
 
     low: Array
     high: Array
     #: None if all births are flips
     tag: Any
-    #: by slot: the step of birth, and kappa (f(Y) - f(X))
-    birth: Int[Array, " *slots"]
-    contribution: Float[Array, "*slots m"]
+    #: c / m of the decision's alternative
+    coefficient: Float[Array, "num_steps num_chains"]
+    #: by slot: whether the decision's alternative was kept there, and M (f(Y) - f(X))
+    taken: Bool[Array, "num_steps num_chains *slots"]
+    contribution: Float[Array, "num_steps num_chains *slots m"]
     #: whether it was accepted, and the position after the step, where the gradient needs them
     accepted: Any
     after: Any
@@ -58,12 +73,12 @@ class Trace(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The mean of f after burn-in, the share of accepted proposals, and with alternatives their trace."""
+    """Of each chain: the mean of f after burn-in, the share of accepted proposals; with alternatives their trace."""
 
-    mean: Any
+    mean: Float[Array, "num_chains m"]
     #: NaN, if a log ratio was no number
-    acceptance: Any
-    bad_start: Any
+    acceptance: Float[Array, " num_chains"]
+    bad_start: Bool[Array, " num_chains"]
     trace: Any
     #: age of the oldest alternative at the end, in steps
     oldest: Any
@@ -89,130 +104,196 @@ class Record(NamedTuple):
 Averaged = Callable[[Array, Array], Float[Array, " m"]]
 
 
-def run_chain(
+def run_chains(
     sampler: Any,
     f: Averaged,
-    key: PRNGKeyArray,
+    keys: Array,
     x0: Array,
     plan: Plan,
     rule: Rule | None = None,
     gradient: Gradient | None = None,
     record: Record = Record(),  # noqa: B008 (it cannot change)
 ) -> Run:
-    """One chain, with alternatives if there is a rule for them; without, to the same numbers.
+    """Chains from positions x0 `(num_chains, dim)`, with alternatives if there is a rule; without, to the same numbers.
 
     `f(x, x_new)` gives a row; plain functions ignore x.
     """
-    start = sampler.start(x0)
-    steps = jnp.arange(plan.num_steps)
+    start = jax.vmap(sampler.start)(x0)
 
-    def noise(key, num_steps):
-        key_chain, key_extra = jax.random.split(key)
-        of_chain = sampler.noise(key_chain, num_steps, x0)
-        return of_chain, None if rule is None else sampler.extra(key_extra, num_steps, x0, rule)
+    def group(carry, inputs):
+        (points, total, num_accepted, slots), (keys, steps) = carry, inputs
 
-    def step(carry, inputs):
-        (point, total, num_accepted, slots), (k, (of_chain, extra)) = carry, inputs
-        move = sampler.move(k, point, of_chain)
-        value = f(point.x, move.after.x)
-        counts = k >= plan.burn_in
-        total = total + jnp.where(counts, value, 0)
+        def draw(key):
+            key_chain, key_extra = jax.random.split(key)
+            of_chain = sampler.noise(key_chain, len(steps), x0[0])
+            return of_chain, None if rule is None else sampler.extra(key_extra, len(steps), x0[0], rule)
+
+        noise, extra = jax.vmap(draw, out_axes=1)(keys)
+
+        def step(point, k, of_chain):
+            move = sampler.move(k, point, of_chain)
+            # NaN, if the log ratio is no number.
+            accepted = jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
+            did = None if rule is None else sampler.record(move)
+            return move.after, (f(point.x, move.after.x), accepted, did)
+
+        points, (values, accepted, did) = _scan_chains(step, points, steps, noise)
+        counts = steps >= plan.burn_in
+        total = total + jnp.sum(jnp.where(counts[:, None, None], values, 0), axis=0)
+        num_accepted = num_accepted + jnp.sum(accepted, axis=0)
         trace = None
         if rule is not None:
-            slots, trace = _others(sampler, f, plan, rule, gradient, record, k, move, extra, value, slots)
-            trace = trace._replace(contribution=jnp.where(counts, trace.contribution, 0))
-        # NaN from here on, if the log ratio is no number.
-        num_accepted = num_accepted + jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
-        return (move.after, total, num_accepted, slots), trace
+            of_chains = did, noise, extra
+            births = _births(sampler, rule, gradient, steps, of_chains)
+            slots, trace = _alternatives(sampler, f, plan, rule, record, slots, steps, of_chains, births, values)
+        return (points, total, num_accepted, slots), trace
 
-    width = jax.eval_shape(f, x0, x0)
+    width = jax.eval_shape(f, x0[0], x0[0])
     slots = None if rule is None else _none(start, plan, width.dtype)
-    carry = start, jnp.zeros(width.shape, width.dtype), jnp.zeros(()), slots
-    (_, total, num_accepted, slots), trace = scan_with_noise(step, noise, carry, key, steps, memory=None)
-    oldest = None if slots is None else jnp.max(jnp.where(slots.strength > 0, plan.num_steps - slots.birth, 0))
-    mean, acceptance = total / (plan.num_steps - plan.burn_in), num_accepted / plan.num_steps
-    return Run(mean, acceptance, ~jnp.isfinite(start.log_prob), trace, oldest)
+    zeros = jnp.zeros(len(x0))
+    carry = start, jnp.zeros((len(x0), *width.shape), width.dtype), zeros, slots
+    largest = steps_at_once(x0)
+    of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
+    groups = in_groups(jnp.arange(plan.num_steps), of_groups, largest)
+    (_, total, num_accepted, slots), trace = scan_groups(group, carry, *groups)
+    return Run(
+        mean=total / (plan.num_steps - plan.burn_in),
+        acceptance=num_accepted / plan.num_steps,
+        bad_start=~jnp.isfinite(start.log_prob),
+        trace=trace,
+        oldest=None if rule is None else _oldest(trace.taken, slots.strength > 0),
+    )
+
+
+def steps_at_once(x0: Array) -> int:
+    """How many steps of chains at these positions make a group that draws its noise at once: many if these are small.
+
+    (A draw takes a time of its own: for 64 chains in one dimension that of twenty steps.)
+    """
+    return max(GROUP, _NUMBERS // x0.size)
+
+
+def _scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, steps: Array, inputs: Any) -> Any:
+    """`lax.scan` of `step(carry, k, input)`, a function of one chain, for all chains at once.
+
+    The carry has a leading axis of chains, inputs and outputs `(num_steps, num_chains, ...)`.
+    """
+    of_chains = jax.vmap(step, in_axes=(0, None, 0))
+    return jax.lax.scan(lambda carry, of_step: of_chains(carry, *of_step), carry, (steps, inputs))
 
 
 def _none(start: Point, plan: Plan, dtype: Any) -> Alternatives:
-    shape = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
-    points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *jnp.shape(leaf))), start)
-    zeros = jnp.zeros(shape, dtype)
+    slots = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
+
+    def spread(leaf: Array) -> Array:
+        shape = (leaf.shape[0], *slots, *leaf.shape[1:])
+        return jnp.broadcast_to(leaf.reshape(leaf.shape[0], *(1 for _ in slots), *leaf.shape[1:]), shape)
+
+    points = jax.tree.map(spread, start)
+    shape = (len(start.x), *slots)
     previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
-    return Alternatives(points, previous, apart, jnp.zeros(shape, jnp.int32), zeros, zeros)
+    return Alternatives(points, previous, apart, jnp.zeros(shape, dtype))
 
 
-def _others(
+def _births(sampler: Any, rule: Rule, gradient: Gradient | None, steps: Array, of_chains: Any) -> Birth:
+    """Of each step of each chain."""
+
+    def birth(k: Array, of_step: Any) -> Birth:
+        did, noise, extra = of_step
+        return sampler.birth(sampler.recall(k, did, noise), extra, rule, gradient)
+
+    of_step = jax.vmap(birth, in_axes=(None, 0))
+    if gradient is None and rule.proposal_gradient is None:
+        return jax.vmap(of_step)(steps, of_chains)
+    # Not at once where a birth needs a log density or its gradient, which may take much memory.
+    return jax.lax.map(lambda row: of_step(*row), (steps, of_chains))
+
+
+def _alternatives(
     sampler: Any,
     f: Averaged,
     plan: Plan,
     rule: Rule,
-    gradient: Gradient | None,
     record: Record,
-    k: Array,
-    move: Any,
-    extra: Any,
-    value: Array,
     slots: Alternatives,
+    steps: Array,
+    of_chains: Any,
+    births: Birth,
+    values: Array,
 ) -> tuple[Alternatives, Trace]:
-    """The alternatives after the step `move`, and what they add."""
-    x, after = move.old.x, move.after
+    """The alternatives after these steps, and what they add."""
     each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
-    points, met = each(lambda point: sampler.follow(move, point, extra))(slots.point)
-    apart, lives = ~met, ~met
-    if plan.consecutive:
-        # Of two positions f sees for one more step that they were apart; until then, together.
-        points = each(lambda is_apart, there: choose(is_apart, there, after))(slots.apart, points)
-        apart, lives = slots.apart & ~met, slots.apart
-    strength = jnp.where(lives, slots.strength, 0)
-    birth = sampler.birth(move, extra, rule, gradient)
-    # A free slot if there is one, else that of the weakest: the newborn is kept there in proportion to its strength.
-    total = jnp.min(strength) + birth.strength
-    here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
-    born = extra.coin * total < birth.strength
-    taken = here & born
-    # 1/p and 1/(1 - p), p = strength of the newborn over the total; both are of the living only.
-    newborn = birth.coefficient * total / jnp.where(born, birth.strength, 1)
-    older = jnp.where(strength > 0, slots.kappa * jnp.where(here, total / jnp.where(strength > 0, strength, 1), 1), 0)
-    met_after = jnp.where((slots.strength > 0) & ~lives, k - slots.birth, 0) if record.lives else None
-    slots = Alternatives(
-        point=each(lambda is_new, y: choose(is_new, birth.point, y))(taken, points),
-        previous=each(lambda is_new, y: jnp.where(is_new, x, y))(taken, slots.point.x) if plan.consecutive else None,
-        apart=apart | taken if plan.consecutive else None,
-        birth=jnp.where(taken, k, slots.birth).astype(jnp.int32),
-        kappa=jnp.where(taken, newborn, older).astype(slots.kappa.dtype),
-        strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
+    def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
+        (did, noise, extra), newborn, newborn_strength, value = inputs
+        move = sampler.recall(k, did, noise)
+        points, met = each(lambda point: sampler.follow(move, point, extra))(slots.point)
+        lives = ~met
+        if plan.consecutive:
+            # Of two positions f sees for one more step that they were apart; until then, together.
+            points = each(lambda is_apart, there: choose(is_apart, there, move.after))(slots.apart, points)
+            lives = slots.apart
+        strength = jnp.where(lives, slots.strength, 0)
+        # A free slot, if there is one, else that of the weakest: there the newborn is kept in proportion to strength.
+        total = jnp.min(strength) + newborn_strength
+        here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
+        taken = here & (extra.coin * total < newborn_strength)
+        is_met = (slots.strength > 0) & ~lives if record.lives else None
+        slots = Alternatives(
+            point=each(lambda is_new, y: choose(is_new, newborn, y))(taken, points),
+            previous=each(lambda is_new, y: jnp.where(is_new, move.old.x, y))(taken, slots.point.x)
+            if plan.consecutive
+            else None,
+            apart=(slots.apart & ~met) | taken if plan.consecutive else None,
+            strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
+        )
+        before = slots.previous if plan.consecutive else slots.point.x
+        others = each(f)(before, slots.point.x)
+        # M is 0 where none lives, but f may not be finite there.
+        counts = (slots.strength > 0) & (k >= plan.burn_in)
+        contribution = jnp.where(counts[..., None], slots.strength[..., None] * (others - value), 0)
+        return slots, (
+            contribution,
+            taken,
+            Lives(slots.strength, is_met) if record.lives else None,
+        )
+
+    inputs = (of_chains, births.point, births.strength, values)
+    slots, (contribution, taken, lives) = _scan_chains(step, slots, steps, inputs)
+    is_some = births.strength > 0
+    did, noise, _ = of_chains
+    moves = jax.vmap(jax.vmap(sampler.recall, in_axes=(None, 0, 0)))(steps, did, noise) if record.accepted else None
+    return slots, Trace(
+        low=births.low,
+        high=births.high,
+        tag=None if rule.proposal_gradient is None else births.tag,
+        coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
+        taken=taken,
+        contribution=contribution,
+        accepted=None if moves is None else moves.accepted,
+        after=did.after.x if record.after else None,
+        lives=lives,
     )
-    before = slots.previous if plan.consecutive else slots.point.x
-    others = each(f)(before, slots.point.x)
-    # kappa is 0 where none lives, but f may not be finite there.
-    contribution = jnp.where(slots.strength[..., None] > 0, slots.kappa[..., None] * (others - value), 0)
-    trace = Trace(
-        birth.low,
-        birth.high,
-        None if rule.proposal_gradient is None else birth.tag,
-        slots.birth,
-        contribution,
-        accepted=move.accepted if record.accepted else None,
-        after=after.x if record.after else None,
-        lives=Lives(slots.kappa, met_after, born) if record.lives else None,
-    )
-    return slots, trace
 
 
-def by_birth(trace: Trace) -> Float[Array, "num_steps m"]:
-    """The contributions of one chain, summed by the step at which the alternative was born."""
-    num_steps, width = len(trace.birth), trace.contribution.shape[-1]
-    births, contributions = trace.birth.reshape(num_steps, -1), trace.contribution.reshape(num_steps, -1, width)
+def _oldest(taken: Array, lives: Array) -> Array:
+    """Steps since the last birth in a slot that is not empty, by chain."""
+    steps = jnp.arange(len(taken)).reshape(-1, *(1 for _ in lives.shape))
+    age = jnp.where(lives, len(taken) - jnp.max(jnp.where(taken, steps, 0), axis=0), 0)
+    return jnp.max(age.reshape(len(age), -1), axis=1)
+
+
+def by_decision(trace: Trace) -> Float[Array, "num_steps num_chains m"]:
+    """What counts for each decision: sum_i kappa_i (f(Y_i) - f(X_i)), Y its alternative."""
 
     # An alternative's steps follow each other in its slot: summed from the last to the first.
-    def step(carry, inputs):
-        later, total = carry
-        k, birth, contribution = inputs
-        total = jnp.where((birth == later)[:, None], total, 0) + contribution
-        return (birth, total), jnp.sum(jnp.where((birth == k)[:, None], total, 0), axis=0)
+    def step(total, inputs):
+        contribution, taken = inputs
+        total, taken = total + contribution, taken[..., None]
+        found = jnp.where(taken, total, 0)
+        slots = tuple(range(1, found.ndim - 1))
+        return jnp.where(taken, 0, total), jnp.sum(found, axis=slots) if slots else found
 
-    start = jnp.full_like(births[0], -1), jnp.zeros_like(contributions[0])
-    inputs = jnp.arange(num_steps), births, contributions
-    return jax.lax.scan(step, start, inputs, reverse=True)[1]
+    start = jnp.zeros_like(trace.contribution[0])
+    found = jax.lax.scan(step, start, (trace.contribution, trace.taken), reverse=True)[1]
+    return trace.coefficient[..., None] * found

@@ -14,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
+from lehr.mh_gradient.alternatives import steps_at_once
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.gradient import weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
@@ -242,10 +243,13 @@ def _path(params: Any, chains: Chains, keys: Array) -> tuple[Array, _Path]:
             did = _Path(point.x, proposed, move.after.x, move.log_ratio, jnp.asarray(move.accepted), value)
             return move.after, did
 
-        _, path = scan_with_noise(step, noise, sampler.start(x0), key, jnp.arange(plan.num_steps), memory=None)
+        steps = jnp.arange(plan.num_steps)
+        _, path = scan_with_noise(step, noise, sampler.start(x0), key, steps, memory=None, largest_group=group)
         return jnp.mean(path.value[plan.burn_in :], axis=0), path
 
-    return jax.vmap(chain)(keys, chains.starts(params))
+    starts = chains.starts(params)
+    group = steps_at_once(starts)
+    return jax.vmap(chain)(keys, starts)
 
 
 @eqx.filter_jit

@@ -7,6 +7,10 @@ A decision is taken (A = 1) with probability alpha(theta). For any number c the 
 is unbiased: E[w (F_flipped - F)] = alpha (-c grad alpha / alpha) (F_0 - F_1) + (1 - c) grad alpha (F_1 - F_0), which is
 grad alpha (F_1 - F_0) = grad E[F]. With a logit r of which alpha is a function, grad alpha = alpha'(r) grad r: an
 alternative carries the number in front of grad r, and its gradient can wait.
+
+Rather than r it is the log odds of the *flip* that is differentiated: r if not taken, and -r, the log ratio of the way
+back, if taken. So the numbers are not negative, and the ends of the flip, where the chain is and where it would be, are
+all that is kept of a decision.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -23,7 +27,7 @@ WEIGHTS = ("measure-valued", "right", "left", "single-sided")
 Strength = Literal["distance", "acceptance", "gradient", "uniform"]
 STRENGTHS = ("distance", "acceptance", "gradient", "uniform")
 
-#: what a weight is the gradient of: r of a flip, log q of a fresh proposal, or the log of a scale (1 + dimension)
+#: what a weight is the gradient of: the log odds of a flip, log q of a fresh proposal, a log scale (1 + dimension)
 FLIP, SCORE, SCALE = 0, -1, 1
 
 
@@ -39,15 +43,18 @@ class Birth(NamedTuple):
 
 
 def flip_coefficient(weights: Weights, taken: Array, alpha: Array, slope: Array, rises: Array | None) -> Array:
-    """w over grad r, for a decision of probability alpha, slope = d alpha / d r; `rises`: whether r does with theta."""
+    """w over the gradient of the flip's log odds, for a decision of probability alpha, slope = d alpha / d r.
+
+    `rises`: whether r does with theta.
+    """
+    if weights == "measure-valued":
+        return slope
     # Taken with alpha = 0, or not with alpha = 1, are not met; their quotients must not be NaN.
     if_rejected = jnp.where(taken, 0.0, slope / jnp.where(taken, 1.0, 1 - alpha))
-    if_accepted = jnp.where(taken, -slope / jnp.where(taken, alpha, 1.0), 0.0)
+    if_accepted = jnp.where(taken, slope / jnp.where(taken, alpha, 1.0), 0.0)
     if weights == "right":
         return if_rejected
     if weights == "left":
         return if_accepted
-    if weights == "single-sided":
-        assert rises is not None
-        return jnp.where(rises, if_rejected, if_accepted)
-    return jnp.where(taken, -slope, slope)
+    assert rises is not None
+    return jnp.where(rises, if_rejected, if_accepted)

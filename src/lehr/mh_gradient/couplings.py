@@ -28,11 +28,15 @@ from lehr.numerics import normal
 
 
 class Move(NamedTuple):
-    """A step of Metropolis-Hastings: from `old`, `new` was proposed with `noise`; accepted if log u < log_ratio."""
+    """A step of Metropolis-Hastings: from `old`, `new` was proposed with `noise`; accepted if log u < log_ratio.
+
+    Of the two the chain is at `after`, and by the other decision it would be `otherwise`.
+    """
 
     old: Point
     new: Point
     after: Point
+    otherwise: Point
     accepted: Any
     log_ratio: Any
     log_uniform: Any

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lehr.mh_gradient.alternatives import Run
+from lehr.mh_gradient.alternatives import Run, Trace
 
 #: share of the chains whose last alternative has lived for half of the run
 _WORTH_A_WARNING = 0.1
@@ -51,18 +51,34 @@ class Diagnostics(eqx.Module):
 
 def diagnose(run: Run, num_steps: int) -> Diagnostics:
     """From the runs of chains, with a leading axis of chains, which recorded the lives of their alternatives."""
-    lives, num_chains = run.trace.lives, len(run.acceptance)
-    met = jnp.where(lives.met_after > 0, lives.met_after.astype(jnp.float32), jnp.nan)
+    num_chains = len(run.acceptance)
+    alive, kappa, age_met = _lives(run.trace)
+    met = jnp.where(age_met > 0, age_met.astype(jnp.float32), jnp.nan)
     return Diagnostics(
         acceptance=jnp.mean(run.acceptance),
-        alive_fraction=jnp.mean((lives.kappa != 0).astype(jnp.float32)),
-        num_births=jnp.sum(lives.born) / num_chains,
-        largest_weight=jnp.max(jnp.abs(lives.kappa)),
+        alive_fraction=jnp.mean(alive.astype(jnp.float32)),
+        num_births=jnp.sum(run.trace.taken) / num_chains,
+        largest_weight=jnp.max(jnp.abs(kappa)),
         meeting_times=jnp.nanquantile(met, jnp.asarray(_QUANTILES)),
-        num_meetings=jnp.sum(lives.met_after > 0) / num_chains,
+        num_meetings=jnp.sum(age_met > 0) / num_chains,
         unmet=_unmet(run.oldest, num_steps),
         num_steps=num_steps,
     )
+
+
+def _lives(trace: Trace) -> tuple[Array, Array, Array]:
+    """After each step, by chain and slot: whether an alternative lives, its kappa, and at which age one met the chain.
+
+    An age of 0 is none.
+    """
+    taken, lives = trace.taken, trace.lives
+    steps = jnp.arange(len(taken)).reshape(-1, *(1 for _ in taken.shape[1:]))
+    born = jax.lax.cummax(jnp.where(taken, steps, -1), axis=0)
+    before = jnp.concatenate([jnp.full_like(born[:1], -1), born[:-1]])
+    coefficient = trace.coefficient.reshape(*trace.coefficient.shape, *(1 for _ in taken.shape[2:]))
+    kappa = lives.strength * jnp.take_along_axis(coefficient, jnp.maximum(born, 0), axis=0)
+    alive = lives.strength > 0
+    return alive, jnp.where(alive, kappa, 0), jnp.where(lives.met, steps - before, 0)
 
 
 def _unmet(oldest: Array, num_steps: int) -> Float[Array, ""]:

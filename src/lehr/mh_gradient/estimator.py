@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
+from lehr.mh_gradient.alternatives import steps_at_once
 from lehr.mh_gradient.chains import Chains
 from lehr.mh_gradient.gradient import weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
@@ -179,9 +180,11 @@ def _replay(
         point, total = carry
         (k, accepted, weight), (z, _) = inputs
         after, log_ratio = sampler.again(point, z, accepted, weight != 0)
+        flip = jnp.where(accepted, -log_ratio, log_ratio)
         value = jnp.where(k >= plan.burn_in, jnp.vdot(scale, f(point.x, after.x)), 0)
-        return (after, total + value + jnp.where(weight != 0, weight * log_ratio, 0)), None
+        return (after, total + value + jnp.where(weight != 0, weight * flip, 0)), None
 
     steps = jnp.arange(plan.num_steps), accepted, weights
     start = sampler.start(x0), jnp.zeros((), weights.dtype)
-    return scan_with_noise(step, noise, start, key, steps, memory="checkpoint")[0][1]
+    group = steps_at_once(chains.starts(params))
+    return scan_with_noise(step, noise, start, key, steps, memory="checkpoint", largest_group=group)[0][1]

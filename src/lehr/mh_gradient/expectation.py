@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.mh_gradient.alternatives import Record, Run, by_birth, run_chain
+from lehr.mh_gradient.alternatives import Record, Run, by_decision, run_chains
 from lehr.mh_gradient.births import STRENGTHS, WEIGHTS, Strength, Weights
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
@@ -38,7 +38,8 @@ class MHExpectation:
         return _call(self._estimator, params, key)
 
     def weights(self, params: Any, key: PRNGKeyArray) -> Float[Array, "num_steps num_chains m"]:
-        """Of each decision, what it counts for: the gradient is their mean over chains times the log odds' gradients.
+        """Of each decision, what it counts for: the gradient is the sum over steps, and the mean over chains, of these
+        numbers times the gradients of the log odds that the decision had been the other one.
 
         Those that are not 0 carry a birth, and cost a gradient of the log density each.
         """
@@ -151,7 +152,7 @@ def _weights(estimator: Estimator, params: Any, key: PRNGKeyArray) -> Array:
 
 def _by_decision(estimator: Estimator, trace: Any) -> Array:
     plan = estimator.chains.plan
-    return jax.vmap(by_birth, in_axes=1, out_axes=1)(trace) / (plan.num_steps - plan.burn_in)
+    return by_decision(trace) / (plan.num_steps - plan.burn_in)
 
 
 def _leading(chains: Chains, params: Any, rows: Any) -> Any:
@@ -189,10 +190,8 @@ def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
         accepted=estimator.pathwise, after=chains.f_takes_params and not estimator.pathwise, lives=estimator.has_aux
     )
 
-    def chain(key: Array, x0: Array) -> Run:
-        return run_chain(sampler, f, key, x0, chains.plan, rule, gradient if needed else None, record)
-
-    return jax.vmap(chain, out_axes=Run(0, 0, 0, 1, 0))(keys, chains.starts(params))
+    starts = chains.starts(params)
+    return run_chains(sampler, f, keys, starts, chains.plan, rule, gradient if needed else None, record)
 
 
 def _checked(run: Run, num_steps: int) -> Array:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.births import FLIP, Birth, flip_coefficient
@@ -110,9 +110,9 @@ class Sweep(NamedTuple):
 
     old: Point
     after: Point
-    colour: Bool[Array, " dim"]
+    colour: Any
     probability: Float[Array, " dim"]
-    uniform: Float[Array, " dim"]
+    uniform: Any
 
     @property
     def accepted(self) -> Array:
@@ -148,9 +148,17 @@ class HeatBathSampler(eqx.Module):
 
     def move(self, k: Array, point: Point, noise: Array) -> Sweep:
         """A step."""
-        colour = jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
+        colour = self._colour(k)
         x, probability = self._drawn(point, colour, noise)
         return Sweep(point, Point(x, point.log_prob, None), colour, probability, noise)
+
+    def record(self, move: Sweep) -> Sweep:
+        """What of a step is to be kept, to know all of it again."""
+        return move._replace(colour=None, uniform=None)
+
+    def recall(self, k: Array, did: Sweep, noise: Array) -> Sweep:
+        """The step that left this record."""
+        return did._replace(colour=self._colour(k), uniform=noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
         """Where another chain goes: by the same uniform numbers."""
@@ -178,10 +186,12 @@ class HeatBathSampler(eqx.Module):
         # Rounding may end at a site that cannot be chosen.
         found = share > 0
         coefficient = jnp.where(found, coefficients[site] / jnp.where(found, share, 1), 0)
-        low, high = move.after.x.at[site].set(-1), move.after.x.at[site].set(1)
-        turned = move.after.x.at[site].multiply(-1)
-        point = Point(turned, move.after.log_prob, None)
+        low, high = move.after.x, move.after.x.at[site].multiply(-1)
+        point = Point(high, move.after.log_prob, None)
         return Birth(point, low, high, jnp.asarray(FLIP), coefficient, jnp.where(found, sums[-1], 0))
+
+    def _colour(self, k: Array) -> Array:
+        return jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
 
     def _drawn(self, point: Point, colour: Array, uniform: Array) -> tuple[Array, Array]:
         odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)

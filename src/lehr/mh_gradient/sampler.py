@@ -46,6 +46,14 @@ class Extra(NamedTuple):
     energy: Any = None
 
 
+class Decided(NamedTuple):
+    """Of a step: where the chain is after it, and where it would be by the other decision."""
+
+    after: Point
+    otherwise: Point
+    log_ratio: Any
+
+
 class MetropolisHastings(eqx.Module):
     """Steps of Metropolis-Hastings."""
 
@@ -89,7 +97,20 @@ class MetropolisHastings(eqx.Module):
         new = self.kernel.target.at(self.kernel.proposal.propose(point, z))
         log_ratio = self.kernel.log_ratio(new, point)
         accepted = log_uniform < log_ratio
-        return Move(point, new, choose(accepted, new, point), accepted, log_ratio, log_uniform, z)
+        after, otherwise = choose(accepted, (new, point), (point, new))
+        return Move(point, new, after, otherwise, accepted, log_ratio, log_uniform, z)
+
+    def record(self, move: Move) -> Decided:
+        """What of a step is to be kept, to know all of it again."""
+        return Decided(move.after, move.otherwise, move.log_ratio)
+
+    def recall(self, k: Array, did: Decided, noise: Any) -> Move:
+        """The step that left this record."""
+        del k
+        z, log_uniform = noise
+        accepted = log_uniform < did.log_ratio
+        old, new = choose(accepted, (did.otherwise, did.after), (did.after, did.otherwise))
+        return Move(old, new, did.after, did.otherwise, accepted, did.log_ratio, log_uniform, z)
 
     def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
         """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
@@ -103,7 +124,7 @@ class MetropolisHastings(eqx.Module):
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
     def log_odds(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
-        """What weights are gradients of: log ratio of a step from low to high, or log q, or the log of a scale."""
+        """What weights are gradients of: the log ratio of a step from low to high, log q, or the log of a scale."""
         target, proposal = self.kernel.target, self.kernel.proposal
         if isinstance(target.density, DensityRatio):
             old, new = target.at(low), target.at(high)
@@ -137,18 +158,19 @@ class MetropolisHastings(eqx.Module):
         return chosen._replace(coefficient=coefficient, strength=total)
 
     def _flip(self, move: Move, rule: Rule, gradient: Gradient | None) -> Birth:
-        low, high = move.old.x, move.new.x
+        low, high = move.after.x, move.otherwise.x
         # Explicitly: the derivative of min(1, exp r) at r = 0 would be one half.
         alpha = jnp.exp(jnp.minimum(move.log_ratio, 0))
         moved = move.log_ratio < 0
-        slope = moved * (1.0 if isinstance(self.kernel.target.density, DensityRatio) else alpha)
+        # For a ratio R, grad alpha is grad R if not taken; if taken, in that of the way back, -alpha^2 grad (1 / R).
+        in_ratio = isinstance(self.kernel.target.density, DensityRatio)
+        slope = moved * (jnp.where(move.accepted, alpha**2, 1.0) if in_ratio else alpha)
         row = None if gradient is None else gradient(low, high, jnp.asarray(FLIP))
-        rises = None if row is None else row[0] > 0
+        rises = None if row is None else (row[0] > 0) != move.accepted
         coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
-        point = choose(move.accepted, move.old, move.new)
         distance = jnp.abs(high - low).astype(coefficient.dtype)
         strength = strength_of(rule.strength, coefficient, distance, row)
-        return Birth(point, low, high, jnp.asarray(FLIP), coefficient, strength)
+        return Birth(move.otherwise, low, high, jnp.asarray(FLIP), coefficient, strength)
 
     def _fresh(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """grad log q(x, x') [F(x') - F(x'')], x'' another draw from x: the score, with a baseline of its own."""
