@@ -84,6 +84,26 @@ def test_the_covariance_is_that_of_the_stationary_law_and_not_of_a_short_chain()
     assert_mean(short[1], truth)
 
 
+def test_the_covariance_varies_more_for_a_scale():
+    """d E[x^2] / d log s, whose score x^2 - 1 has heavy tails; the specification has a ratio of variances of 2.8."""
+
+    def log_density(log_scale, x):
+        return -jnp.sum(x**2) * jnp.exp(-2 * log_scale) / 2 - log_scale
+
+    def square(x):
+        return x[0] ** 2
+
+    walk, settings = mh.RandomWalk(2.38), {"num_steps": 200, "burn_in": 50}
+    coupled = lehr.mh_expectation(
+        log_density, square, walk, mh.MaximalReflection(), jnp.zeros(1), strength="gradient", **settings
+    )
+    covariance = mh.covariance_expectation(log_density, square, walk, jnp.zeros(1), **settings)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    found, other = (np.asarray(jax.jit(jax.vmap(jax.grad(of), (None, 0)))(0.0, keys)) for of in (coupled, covariance))
+    assert abs(z_score(found, 2.0)) < 4
+    assert other.var() > 2.8 * found.var()
+
+
 def test_the_heat_bath_has_a_covariance_too():
     def log_density(field, x):
         return field * jnp.sum(x) + 0.3 * x[0] * x[1]

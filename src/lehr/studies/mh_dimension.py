@@ -16,21 +16,27 @@ from rich.console import Console
 import lehr
 from lehr.errors import InputError
 from lehr.mh_gradient import MaximalReflection, RandomWalk, covariance_expectation
+from lehr.mh_gradient.births import STRENGTHS
 from lehr.studies.output import write
 
 if TYPE_CHECKING:
     from lehr.mh_studies import Dimension
 
 _DIMENSION, _NUM_STEPS, _BURN_IN, _REPEATS = 10, 100, 20, 5
+#: a small network, 2-32-32-1 without the last bias, has 1,184 parameters
+_SMALL_DIMENSION, _SMALL_WIDTH, _SMALL_STEPS, _SMALL_BURN_IN = 2, 32, 200, 50
 
 
 class Energy(eqx.Module):
-    """log p(x) = network(x) - |x|^2 / 2: a Gaussian, bent by two hidden layers of tanh."""
+    """log p(x) = network(x) - |x|^2 / 2: a Gaussian, bent by two hidden layers of tanh.
+
+    (The last bias would have a gradient of zero.)
+    """
 
     network: eqx.nn.MLP
 
-    def __init__(self, key: Array, width: int):
-        self.network = eqx.nn.MLP(_DIMENSION, "scalar", width, 2, jnp.tanh, key=key)
+    def __init__(self, key: Array, dimension: int, width: int):
+        self.network = eqx.nn.MLP(dimension, "scalar", width, 2, jnp.tanh, use_final_bias=False, key=key)
 
     def __call__(self, x: Float[Array, " dim"]) -> Float[Array, ""]:
         return self.network(x) - jnp.sum(x**2) / 2
@@ -46,7 +52,21 @@ def dimension(options: "Dimension") -> int:
     for width in widths:
         rows.append(measure(width, options.num_chains, options.num_repeats, options.seed))
         console.print(in_words(rows[-1]), highlight=False, soft_wrap=True)
-    result = {"num_chains": options.num_chains, "num_steps": _NUM_STEPS, "burn_in": _BURN_IN, "rows": rows}
+    strengths = by_strength(options.num_chains, options.num_repeats, options.seed)
+    texts = ", ".join(f"{name} {ratio:.1f}" for name, ratio in strengths["variance_ratio"].items())
+    console.print(
+        f"{strengths['num_parameters']:,} parameters, positions of {_SMALL_DIMENSION} numbers: variance over that of "
+        f"the covariance gradient, by strength: {texts}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    result = {
+        "num_chains": options.num_chains,
+        "num_steps": _NUM_STEPS,
+        "burn_in": _BURN_IN,
+        "rows": rows,
+        "strengths": strengths,
+    }
     write(options.out, "mh-dimension", result, draw(result), to_stdout=options.json)
     return 0
 
@@ -54,11 +74,7 @@ def dimension(options: "Dimension") -> int:
 def measure(width: int, num_chains: int, num_repeats: int, seed: int) -> dict[str, Any]:
     """For one size of network: agreement with the covariance gradient, variances, and times."""
     key_net, key = jax.random.split(jax.random.key(seed))
-    params, static = eqx.partition(Energy(key_net, width), eqx.is_inexact_array)
-
-    def log_density(params: Any, x: Array) -> Array:
-        return eqx.combine(params, static)(x)
-
+    params, log_density = network(key_net, _DIMENSION, width)
     walk, x0 = RandomWalk(2.38 / _DIMENSION**0.5), jnp.zeros(_DIMENSION)
     settings: dict[str, Any] = {"num_steps": _NUM_STEPS, "burn_in": _BURN_IN, "num_chains": num_chains}
     coupled = lehr.mh_expectation(log_density, _f, walk, MaximalReflection(), x0, **settings)
@@ -88,6 +104,36 @@ def measure(width: int, num_chains: int, num_repeats: int, seed: int) -> dict[st
     }
 
 
+def by_strength(num_chains: int, num_repeats: int, seed: int) -> dict[str, Any]:
+    """On a small network, the variance of the gradient over that of the covariance's, for each pruning strength."""
+    key_net, key = jax.random.split(jax.random.key(seed))
+    params, log_density = network(key_net, _SMALL_DIMENSION, _SMALL_WIDTH)
+    walk, x0 = RandomWalk(2.38 / _SMALL_DIMENSION**0.5), jnp.zeros(_SMALL_DIMENSION)
+    settings: dict[str, Any] = {"num_steps": _SMALL_STEPS, "burn_in": _SMALL_BURN_IN, "num_chains": num_chains}
+
+    def variance(expectation: Any) -> float:
+        gradient = jax.jit(lambda key: ravel_pytree(jax.grad(expectation)(params, key))[0])
+        return Moments.of(gradient, jax.random.split(key, num_repeats)).variance
+
+    covariance = variance(covariance_expectation(log_density, _f, walk, x0, **settings))
+    coupled = {
+        strength: lehr.mh_expectation(log_density, _f, walk, MaximalReflection(), x0, strength=strength, **settings)
+        for strength in STRENGTHS
+    }
+    return {
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "num_steps": _SMALL_STEPS,
+        "burn_in": _SMALL_BURN_IN,
+        "variance_ratio": {name: variance(each) / covariance for name, each in coupled.items()},
+    }
+
+
+def network(key: Array, dimension: int, width: int) -> tuple[Any, Callable[[Any, Array], Array]]:
+    """Parameters, and the log density that is a function of them."""
+    params, static = eqx.partition(Energy(key, dimension, width), eqx.is_inexact_array)
+    return params, lambda params, x: eqx.combine(params, static)(x)
+
+
 def _f(x: Array) -> Array:
     return jnp.mean(jnp.abs(x))
 
@@ -107,9 +153,8 @@ class Moments:
     def cosine(self, other: "Moments") -> float:
         """Between what the two estimate: the noise of either adds to its length, which that of two halves does not."""
         product = sum(a @ b for a in self.halves for b in other.halves) / 4
-        return float(
-            product / np.sqrt(max(self.halves[0] @ self.halves[1], 0) * max(other.halves[0] @ other.halves[1], 0))
-        )
+        squares = [halves[0] @ halves[1] for halves in (self.halves, other.halves)]
+        return float(product / np.sqrt(squares[0] * squares[1])) if min(squares) > 0 else float("nan")
 
 
 def births(expectation: Any, params: Any, key: Array) -> int:
@@ -147,13 +192,14 @@ def draw(result: dict[str, Any]) -> Figure:
     for name, label in (("ratio", "gradient"), ("ratio_beyond", "beyond births' gradients")):
         cost.plot(sizes, [row[name] for row in rows], "o-", label=label)
     cost.axhline(3.5, color="gray", ls=":", lw=1)
-    cost.set(xscale="log", xlabel="parameters", ylabel="time, in passes of the chain", ylim=(0, None))
+    top = 1.1 * max(3.5, *(row["ratio"] for row in rows))
+    cost.set(xscale="log", xlabel="parameters", ylabel="time, in passes of the chain", ylim=(0, top))
     cost.legend(frameon=False)
     quality.plot(sizes, [row["cosine"] for row in rows], "o-", label="cosine with the covariance gradient")
-    quality.set(xscale="log", xlabel="parameters", ylabel="cosine", ylim=(0, 1.1))
+    quality.set(xscale="log", xlabel="parameters", ylabel="cosine", ylim=(0, 1.2))
     other = quality.twinx()
     other.plot(sizes, [row["variance_ratio"] for row in rows], "s--", color="C1", label="variance over covariance's")
-    other.set(ylabel="variance ratio", ylim=(0, None))
+    other.set(ylabel="variance ratio", ylim=(0, 1.2 * max(row["variance_ratio"] for row in rows)))
     lines = [*quality.get_lines(), *other.get_lines()]
     quality.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="lower left")
     return figure
