@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
-#: steps that draw their noise at once, at most
+#: steps that draw their noise at once, at most, if no other number is asked for
 GROUP = 100
 _START, _COSTLY = "start of a run of steps", "costly"
 

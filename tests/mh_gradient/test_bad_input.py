@@ -176,6 +176,7 @@ CALLS = {
         0.5,
         "a DensityRatio is for proposals without parameters and drift",
     ),
+    "a ratio of acceptances": ({"log_density": RATIO, "weights": "left"}, 0.5, "flips acceptances alone"),
     "a ratio with a path": ({"log_density": RATIO, "x0": starting_at}, 0.5, "a DensityRatio is for proposals without"),
     "a path of states": (
         {

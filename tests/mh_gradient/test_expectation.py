@@ -234,6 +234,78 @@ def test_support_that_appears():
     assert abs(jax.grad(covariance)(1e-6, KEY)) < 0.1
 
 
+@pytest.mark.parametrize("weights", ["measure-valued", "right", "single-sided"])
+def test_a_ratio_does_what_the_log_density_does(weights):
+    ratio = mh.DensityRatio(lambda theta, x_new, x: jnp.exp(log_normal(theta, x_new) - log_normal(theta, x)))
+    settings = {"num_steps": 10, "num_chains": 500, "weights": weights, "strength": "gradient"}
+    found, truth = (
+        jax.grad(lehr.mh_expectation(of, first, mh.RandomWalk(2.38), mh.MaximalReflection(), jnp.zeros(1), **settings))(
+            0.5, KEY
+        )
+        for of in (ratio, log_normal)
+    )
+    assert found == pytest.approx(float(truth), rel=1e-3)
+
+
+def test_a_ratio_keeps_flips_by_what_they_weigh():
+    """Those of acceptances too: in the unit of the way back they are alpha^2 as large, and few would be kept."""
+    ratio = mh.DensityRatio(lambda theta, x_new, x: jnp.exp(log_normal(theta, x_new) - log_normal(theta, x)))
+    expectation = lehr.mh_expectation(
+        ratio,
+        first,
+        mh.RandomWalk(2.38),
+        mh.MaximalReflection(),
+        jnp.zeros(1),
+        num_steps=10,
+        num_chains=10_000,
+        has_aux=True,
+    )
+    assert abs(z_of(expectation, 0.5, 0.8435)) < THRESHOLD
+    (_, aux), _ = jax.value_and_grad(expectation, has_aux=True)(0.5, KEY)
+    assert aux.gradient_error**2 * 10_000 < 1.9  # 1.6; in the wrong unit 2.3
+
+
+def test_a_wide_f_is_not_kept_for_every_step():
+    expectation = lehr.mh_expectation(
+        log_normal,
+        lambda x: x[0] * jnp.arange(1000.0),
+        mh.RandomWalk(2.38),
+        mh.MaximalReflection(),
+        jnp.zeros(1),
+        num_steps=20_000,
+    )
+    memory = jax.jit(expectation).lower(0.5, KEY).compile().memory_analysis()
+    if memory is None:
+        pytest.skip("this backend does not say")
+    assert memory.temp_size_in_bytes < 5e6  # all of f would be 80 MB
+
+
+def test_an_f_with_options_of_its_own_is_one_of_x():
+    values = [gaussian(f=f, num_chains=4)(0.5, KEY)[0] for f in (lambda x: jnp.sum(x), jnp.sum)]
+    assert values[0] == values[1]
+
+
+def test_an_f_in_half_precision():
+    full, half = (gaussian(f=lambda x, dtype=dtype: x[0].astype(dtype)) for dtype in (jnp.float32, jnp.float16))
+    (_, expected), truth = jax.value_and_grad(full, has_aux=True)(0.5, KEY)
+    (value, _), found = jax.value_and_grad(half, has_aux=True)(0.5, KEY)
+    assert value.dtype == jnp.float16
+    assert abs(found - truth) < 0.5 * expected.gradient_error
+
+
+def test_a_start_narrower_than_other_floats(x64):
+    expectation = lehr.mh_expectation(
+        log_normal,
+        first,
+        mh.RandomWalk(2.38),
+        mh.MaximalReflection(),
+        jnp.zeros(1, jnp.float32),
+        num_steps=10,
+        num_chains=4,
+    )
+    assert jax.grad(expectation)(0.5, KEY).dtype == jnp.float64
+
+
 def test_three_states():
     """A mixture of three components, its posterior over them at one observation: exact by powers of the kernel."""
     means = np.array([-2.5, 2.0, 5.0])

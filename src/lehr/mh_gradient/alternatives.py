@@ -2,15 +2,15 @@
 
 An alternative is a chain that took one decision otherwise. With Y the alternative and X the chain,
 
-    sum_i kappa_i (f(Y_i) - f(X_i)) grad log_odds_k
+    sum_i kappa_i (f(Y_i) - f(X_i)) grad l_k
 
-is what the decision at step k adds to the gradient, kappa the weight over the gradient of that decision's log odds. So
+is what the decision at step k adds to the gradient, l_k the log ratio of its flip, kappa its weight over grad l_k. So
 no loop needs a derivative: they leave a number for each decision, and one pass over the decisions that count gives the
 gradient in any number of parameters. A group of steps is run in three stages: the chains; what could be born of each of
 their decisions; the alternatives. When all groups are done, what alternatives gathered goes to their decisions.
 
-Kept by coins that take the newborn with probability p = m / M, m its strength and M that of all since the slot
-was empty, an alternative has kappa = (c / m) M: c / p = (c / m) M at birth, and each newborn that is not kept
+Kept by coins that take the newborn with probability p = m / M, m its strength and M that of all that competed for its
+slot since that was empty, an alternative has kappa = (c / m) M: at birth c / p, and each newborn that is not kept
 multiplies kappa by 1 / (1 - p), and M by as much. The loop knows M alone.
 """
 
@@ -40,7 +40,7 @@ class Alternatives(NamedTuple):
     #: where f is of two positions: its last one, and whether it is apart from the chain now (if not, it was before)
     previous: Any
     apart: Any
-    #: M: of all that were born since the slot was empty
+    #: M: of all that competed for the slot since it was empty
     strength: Any
 
 
@@ -121,7 +121,7 @@ def run_chains(
     start = jax.vmap(sampler.start)(x0)
 
     def group(carry, inputs):
-        (points, total, num_accepted, slots), (keys, steps) = carry, inputs
+        (sums, slots), (keys, steps) = carry, inputs
 
         def draw(key):
             key_chain, key_extra = jax.random.split(key)
@@ -130,32 +130,32 @@ def run_chains(
 
         noise, extra = jax.vmap(draw, out_axes=1)(keys)
 
-        def step(point, k, of_chain):
+        def step(carry, k, of_chain):
+            point, total, num_accepted = carry
             move = sampler.move(k, point, of_chain)
-            # NaN, if the log ratio is no number.
-            accepted = jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
-            did = None if rule is None else sampler.record(move)
-            return move.after, (f(point.x, move.after.x), accepted, did)
+            value = f(point.x, move.after.x)
+            total = total + jnp.where(k >= plan.burn_in, value, 0)
+            # NaN from here on, if the log ratio is no number.
+            num_accepted = num_accepted + jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
+            left = None if rule is None else (value, sampler.record(move))
+            return (move.after, total, num_accepted), left
 
-        points, (values, accepted, did) = _scan_chains(step, points, steps, noise)
-        counts = steps >= plan.burn_in
-        total = total + jnp.sum(jnp.where(counts[:, None, None], values, 0), axis=0)
-        num_accepted = num_accepted + jnp.sum(accepted, axis=0)
+        sums, left = _scan_chains(step, sums, steps, noise)
         trace = None
         if rule is not None:
+            values, did = left
             of_chains = did, noise, extra
             births = _births(sampler, rule, gradient, steps, of_chains)
             slots, trace = _alternatives(sampler, f, plan, rule, record, slots, steps, of_chains, births, values)
-        return (points, total, num_accepted, slots), trace
+        return (sums, slots), trace
 
     width = jax.eval_shape(f, x0[0], x0[0])
-    slots = None if rule is None else _none(start, plan, width.dtype)
-    zeros = jnp.zeros(len(x0))
-    carry = start, jnp.zeros((len(x0), *width.shape), width.dtype), zeros, slots
+    sums = start, jnp.zeros((len(x0), *width.shape), width.dtype), jnp.zeros(len(x0))
+    carry = sums, None if rule is None else _none(start, plan)
     largest = steps_at_once(x0)
     of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
     groups = in_groups(jnp.arange(plan.num_steps), of_groups, largest)
-    (_, total, num_accepted, slots), trace = scan_groups(group, carry, *groups)
+    ((_, total, num_accepted), slots), trace = scan_groups(group, carry, *groups)
     return Run(
         mean=total / (plan.num_steps - plan.burn_in),
         acceptance=num_accepted / plan.num_steps,
@@ -182,7 +182,7 @@ def _scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any,
     return jax.lax.scan(lambda carry, of_step: of_chains(carry, *of_step), carry, (steps, inputs))
 
 
-def _none(start: Point, plan: Plan, dtype: Any) -> Alternatives:
+def _none(start: Point, plan: Plan) -> Alternatives:
     slots = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
 
     def spread(leaf: Array) -> Array:
@@ -192,7 +192,7 @@ def _none(start: Point, plan: Plan, dtype: Any) -> Alternatives:
     points = jax.tree.map(spread, start)
     shape = (len(start.x), *slots)
     previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
-    return Alternatives(points, previous, apart, jnp.zeros(shape, dtype))
+    return Alternatives(points, previous, apart, jnp.zeros(shape))
 
 
 def _births(sampler: Any, rule: Rule, gradient: Gradient | None, steps: Array, of_chains: Any) -> Birth:
@@ -261,8 +261,7 @@ def _alternatives(
     inputs = (of_chains, births.point, births.strength, values)
     slots, (contribution, taken, lives) = _scan_chains(step, slots, steps, inputs)
     is_some = births.strength > 0
-    did, noise, _ = of_chains
-    moves = jax.vmap(jax.vmap(sampler.recall, in_axes=(None, 0, 0)))(steps, did, noise) if record.accepted else None
+    did = of_chains[0]
     return slots, Trace(
         low=births.low,
         high=births.high,
@@ -270,7 +269,7 @@ def _alternatives(
         coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
         taken=taken,
         contribution=contribution,
-        accepted=None if moves is None else moves.accepted,
+        accepted=did.accepted if record.accepted else None,
         after=did.after.x if record.after else None,
         lives=lives,
     )
@@ -291,8 +290,7 @@ def by_decision(trace: Trace) -> Float[Array, "num_steps num_chains m"]:
         contribution, taken = inputs
         total, taken = total + contribution, taken[..., None]
         found = jnp.where(taken, total, 0)
-        slots = tuple(range(1, found.ndim - 1))
-        return jnp.where(taken, 0, total), jnp.sum(found, axis=slots) if slots else found
+        return jnp.where(taken, 0, total), jnp.sum(found, axis=tuple(range(1, found.ndim - 1)))
 
     start = jnp.zeros_like(trace.contribution[0])
     found = jax.lax.scan(step, start, (trace.contribution, trace.taken), reverse=True)[1]

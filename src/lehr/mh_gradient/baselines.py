@@ -194,7 +194,7 @@ def _scored(params: Any, chains: Chains, keys: Array, path: _Path, ct: Array, *,
 
     def log_ratio(params: Any, row: Any) -> Array:
         low, high = row
-        return chains.sampler(params).log_odds(low, high, jnp.asarray(0), flips_only=True)
+        return chains.sampler(params).log_factor(low, high, jnp.asarray(0), flips_only=True)
 
     rows = path.before.reshape(-1, path.before.shape[-1]), path.proposed.reshape(-1, path.before.shape[-1])
     return _with_direct(params, chains, path, ct, _sum(log_ratio, params, rows, jnp.ravel(weights)))

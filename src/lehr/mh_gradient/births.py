@@ -8,9 +8,9 @@ is unbiased: E[w (F_flipped - F)] = alpha (-c grad alpha / alpha) (F_0 - F_1) + 
 grad alpha (F_1 - F_0) = grad E[F]. With a logit r of which alpha is a function, grad alpha = alpha'(r) grad r: an
 alternative carries the number in front of grad r, and its gradient can wait.
 
-Rather than r it is the log odds of the *flip* that is differentiated: r if not taken, and -r, the log ratio of the way
-back, if taken. So the numbers are not negative, and the ends of the flip, where the chain is and where it would be, are
-all that is kept of a decision.
+Rather than r it is the log ratio of the *flip* that is differentiated: r if not taken, and -r, that of the way back, if
+taken. So the numbers of flips are not negative, and their ends, where the chain is and where it would be, are all that
+is kept of a decision.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -27,12 +27,12 @@ WEIGHTS = ("measure-valued", "right", "left", "single-sided")
 Strength = Literal["distance", "acceptance", "gradient", "uniform"]
 STRENGTHS = ("distance", "acceptance", "gradient", "uniform")
 
-#: what a weight is the gradient of: the log odds of a flip, log q of a fresh proposal, a log scale (1 + dimension)
+#: what a weight is the gradient of: the log ratio of a flip, log q of a fresh proposal, a log scale (1 + dimension)
 FLIP, SCORE, SCALE = 0, -1, 1
 
 
 class Birth(NamedTuple):
-    """An alternative, and what its weight is the gradient of: `coefficient` times grad log_odds(low, high, tag)."""
+    """An alternative, and what its weight is the gradient of: `coefficient` times grad log_factor(low, high, tag)."""
 
     point: Any
     low: Any
@@ -43,9 +43,9 @@ class Birth(NamedTuple):
 
 
 def flip_coefficient(weights: Weights, taken: Array, alpha: Array, slope: Array, rises: Array | None) -> Array:
-    """w over the gradient of the flip's log odds, for a decision of probability alpha, slope = d alpha / d r.
+    """w over the gradient of the flip's log ratio, for a decision of probability alpha, slope = d alpha / d r.
 
-    `rises`: whether r does with theta.
+    (Or over that of any other function of theta, with the derivative of alpha in that.) `rises`: whether r does.
     """
     if weights == "measure-valued":
         return slope

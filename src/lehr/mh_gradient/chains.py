@@ -56,8 +56,13 @@ class Chains(eqx.Module):
 
     def starts(self, params: Any) -> Array:
         """The first positions `(num_chains, dim)`."""
-        x0 = jnp.asarray(self.x0(params) if callable(self.x0) else self.x0)
+        x0 = self._x0(params)
         return jnp.broadcast_to(x0, (self.num_chains, *x0.shape[-1:]))
+
+    def _x0(self, params: Any) -> Array:
+        """As given, floats as wide as those of densities and proposals."""
+        x0 = jnp.asarray(self.x0(params) if callable(self.x0) else self.x0)
+        return x0.astype(jnp.result_type(float)) if jnp.issubdtype(x0.dtype, jnp.floating) else x0
 
     def row(self, params: Any) -> Callable[[Array, Array], Array]:
         """f as a row, of the last position and this one."""
@@ -86,7 +91,7 @@ class Chains(eqx.Module):
             if eqx.is_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
                 name = jax.tree_util.keystr(path) or "params"
                 raise InputError(f"parameters must be floats, but {name} is of type {leaf.dtype}: make it a float")
-        x0 = jnp.asarray(self.x0(params) if callable(self.x0) else self.x0)
+        x0 = self._x0(params)
         if x0.ndim not in (1, 2) or (x0.ndim == 2 and x0.shape[0] != self.num_chains) or 0 in x0.shape:
             raise InputError(f"x0 must be a position (dim,), or {self.num_chains} of them, but its shape is {x0.shape}")
         proposal = self.proposal_of(params)
@@ -134,7 +139,9 @@ def make_chains(
         _own(proposal)
     if isinstance(proposal, AbstractProposal | HeatBath):
         _check_pair(proposal, coupling)
-    takes_params = _takes(f, 3 if consecutive else 2)
+    positions = 2 if consecutive else 1
+    # What can do without params does: jnp.sum(x), and not jnp.sum(params, x).
+    takes_params = _takes(f, positions + 1) and not _takes(f, positions)
     x0 = x0 if callable(x0) else jnp.asarray(x0)
     plan = Plan(num_steps, burn_in, num_alternatives, consecutive)
     return Chains(log_density, f, proposal, coupling, x0, plan, num_chains, takes_params)
@@ -160,7 +167,7 @@ def _check_pair(proposal: AbstractProposal | HeatBath, coupling: AbstractCouplin
 
 
 def _takes(f: Callable[..., Any], num: int) -> bool:
-    """Whether f can be called with `num` positions: then the first is params."""
+    """Whether f can be called with `num` arguments."""
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):  # of some built-in functions nothing is known

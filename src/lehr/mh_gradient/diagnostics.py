@@ -31,7 +31,7 @@ class Diagnostics(eqx.Module):
     alive_fraction: Float[Array, ""]
     #: alternatives that were kept when born, a chain
     num_births: Float[Array, ""]
-    #: largest |kappa|: the weight of an alternative over the gradient of its decision's log odds
+    #: largest |kappa|: the weight of an alternative over the gradient of its flip's log ratio
     largest_weight: Float[Array, ""]
     #: steps that alternatives lived which met the chain: median, 90 %, 99 %, longest; NaN if none did
     meeting_times: Float[Array, "4"]

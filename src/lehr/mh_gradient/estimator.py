@@ -63,6 +63,11 @@ class Estimator(eqx.Module):
         in_ratio = isinstance(self.chains.density, DensityRatio)
         if in_ratio and (self.pathwise or self.own_births.proposal_gradient is not None):
             raise InputError("a DensityRatio is for proposals without parameters and drift, and an x0 that is given")
+        if in_ratio and self.rule.weights == "left":
+            raise InputError(
+                'weights="left" flips acceptances alone, of which a DensityRatio may have none where its gradient is: '
+                'take "measure-valued"'
+            )
         coupling = self.chains.coupling
         if in_ratio and coupling is not None and coupling.needs_gradient:
             raise InputError(f"a DensityRatio has no gradient, which {type(coupling).__name__} needs: take another")
@@ -97,10 +102,10 @@ class Estimator(eqx.Module):
                 )
 
 
-def log_odds(estimator: Estimator, params: Any, row: Any) -> Array:
+def log_factor(estimator: Estimator, params: Any, row: Any) -> Array:
     """Of a decision (low, high, tag): its weight is that of the gradient of this, a scalar."""
     flips_only = estimator.own_births.proposal_gradient is None
-    return estimator.chains.sampler(params).log_odds(*row, flips_only=flips_only)
+    return estimator.chains.sampler(params).log_factor(*row, flips_only=flips_only)
 
 
 def each_gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept) -> Any:
@@ -138,7 +143,7 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
 
     rows = flat((kept.low, kept.high, kept.tag))
     found = weighted_gradient(
-        lambda floats, row: log_odds(estimator, eqx.combine(floats, others), row),
+        lambda floats, row: log_factor(estimator, eqx.combine(floats, others), row),
         floats,
         rows,
         flat(weights),

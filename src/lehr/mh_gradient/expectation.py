@@ -15,7 +15,7 @@ from lehr.mh_gradient.births import STRENGTHS, WEIGHTS, Strength, Weights
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
 from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warn_of_unmet
-from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, log_odds
+from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, log_factor
 from lehr.mh_gradient.gradient import support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
@@ -38,8 +38,9 @@ class MHExpectation:
         return _call(self._estimator, params, key)
 
     def weights(self, params: Any, key: PRNGKeyArray) -> Float[Array, "num_steps num_chains m"]:
-        """Of each decision, what it counts for: the gradient is the sum over steps, and the mean over chains, of these
-        numbers times the gradients of the log odds that the decision had been the other one.
+        """Of each decision, what it counts for: summed over steps, and averaged over chains, these numbers times the
+        gradients of the flips' log ratios (r of a rejection, -r of an acceptance, the ratio itself of a `DensityRatio`)
+        are the gradient, but for that of f in parameters of its own, and of the positions.
 
         Those that are not 0 carry a birth, and cost a gradient of the log density each.
         """
@@ -83,7 +84,7 @@ def mh_expectation(
     Arguments:
         log_density: maps `(params, x)` to the log density in nats, up to a constant; or a
             `lehr.mh_gradient.DensityRatio`. -inf outside of a support that does not depend on the parameters.
-        f: maps `x` or `(params, x)` to floats, of any shape, or a pytree of them.
+        f: maps `x` or, if it cannot be called so, `(params, x)` to floats, of any shape, or a pytree of them.
         proposal: of `lehr.mh_gradient`, an object with `sample(key, x)` and `log_prob(x, x_new)`, or a function
             that makes one of these from params.
         coupling: of `lehr.mh_gradient`, that fits the proposal.
@@ -181,7 +182,7 @@ def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
     rule = None if alone else estimator.own_births
 
     def gradient(low: Array, high: Array, tag: Array) -> Array:
-        found = jax.grad(lambda p: log_odds(estimator, p, (low, high, tag)))(params)
+        found = jax.grad(lambda p: log_factor(estimator, p, (low, high, tag)))(params)
         return ravel_pytree(found)[0]
 
     needed = rule is not None and (rule.strength == "gradient" or rule.weights == "single-sided")

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.births import FLIP, Birth, flip_coefficient
@@ -110,9 +110,9 @@ class Sweep(NamedTuple):
 
     old: Point
     after: Point
-    colour: Any
+    colour: Bool[Array, " dim"]
     probability: Float[Array, " dim"]
-    uniform: Any
+    uniform: Float[Array, " dim"]
 
     @property
     def accepted(self) -> Array:
@@ -123,6 +123,14 @@ class Sweep(NamedTuple):
     def log_ratio(self) -> Array:
         """Finite: every state can be reached."""
         return jnp.sum(self.probability) * 0
+
+
+class Drawn(NamedTuple):
+    """Of a step: what follows from it, and not from its number and noise."""
+
+    old: Point
+    after: Point
+    probability: Float[Array, " dim"]
 
 
 class HeatBathSampler(eqx.Module):
@@ -152,13 +160,13 @@ class HeatBathSampler(eqx.Module):
         x, probability = self._drawn(point, colour, noise)
         return Sweep(point, Point(x, point.log_prob, None), colour, probability, noise)
 
-    def record(self, move: Sweep) -> Sweep:
+    def record(self, move: Sweep) -> Drawn:
         """What of a step is to be kept, to know all of it again."""
-        return move._replace(colour=None, uniform=None)
+        return Drawn(move.old, move.after, move.probability)
 
-    def recall(self, k: Array, did: Sweep, noise: Array) -> Sweep:
+    def recall(self, k: Array, did: Drawn, noise: Array) -> Sweep:
         """The step that left this record."""
-        return did._replace(colour=self._colour(k), uniform=noise)
+        return Sweep(did.old, did.after, self._colour(k), did.probability, noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
         """Where another chain goes: by the same uniform numbers."""
@@ -166,7 +174,7 @@ class HeatBathSampler(eqx.Module):
         x, _ = self._drawn(other, move.colour, move.uniform)
         return Followed(Point(x, other.log_prob, None), jnp.all(x == move.after.x))
 
-    def log_odds(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
+    def log_factor(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
         """log p(high) - log p(low)."""
         del tag, flips_only
         both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack([low, high]))
@@ -178,7 +186,7 @@ class HeatBathSampler(eqx.Module):
             raise InputError("HeatBath knows no gradient of each site: take another strength, and two-sided weights")
         up, p = move.after.x > 0, move.probability
         coefficients = flip_coefficient(rule.weights, up, p, p * (1 - p), None)
-        strengths = jnp.ones_like(p) if rule.strength == "uniform" else jnp.abs(coefficients)
+        strengths = jnp.ones_like(p) if rule.strength == "uniform" else coefficients
         strengths = jnp.where(move.colour & (coefficients != 0), strengths, 0)
         sums = jnp.cumsum(strengths)
         site = jnp.clip(jnp.sum(sums <= extra.choice * sums[-1]), 0, len(p) - 1)

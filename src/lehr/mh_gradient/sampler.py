@@ -17,7 +17,7 @@ from lehr.mh_gradient.target import DensityRatio, Point
 ProposalGradient = Literal["pathwise", "score", "weak"]
 PROPOSAL_GRADIENTS = ("pathwise", "score", "weak")
 
-#: maps (low, high, tag) to the gradient of log_odds in the parameters, as one row
+#: maps (low, high, tag) to the gradient of log_factor in the parameters, as one row
 Gradient = Callable[[Array, Array, Array], Array]
 
 
@@ -51,6 +51,7 @@ class Decided(NamedTuple):
 
     after: Point
     otherwise: Point
+    accepted: Any
     log_ratio: Any
 
 
@@ -102,15 +103,14 @@ class MetropolisHastings(eqx.Module):
 
     def record(self, move: Move) -> Decided:
         """What of a step is to be kept, to know all of it again."""
-        return Decided(move.after, move.otherwise, move.log_ratio)
+        return Decided(move.after, move.otherwise, move.accepted, move.log_ratio)
 
     def recall(self, k: Array, did: Decided, noise: Any) -> Move:
         """The step that left this record."""
         del k
         z, log_uniform = noise
-        accepted = log_uniform < did.log_ratio
-        old, new = choose(accepted, (did.otherwise, did.after), (did.after, did.otherwise))
-        return Move(old, new, did.after, did.otherwise, accepted, did.log_ratio, log_uniform, z)
+        old, new = choose(did.accepted, (did.otherwise, did.after), (did.after, did.otherwise))
+        return Move(old, new, did.after, did.otherwise, did.accepted, did.log_ratio, log_uniform, z)
 
     def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
         """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
@@ -123,8 +123,11 @@ class MetropolisHastings(eqx.Module):
         """Where another chain goes."""
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
-    def log_odds(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
-        """What weights are gradients of: the log ratio of a step from low to high, log q, or the log of a scale."""
+    def log_factor(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
+        """What weights are gradients of.
+
+        Of a flip the log ratio of a step from low to high, for a `DensityRatio` the ratio; else log q, or a log scale.
+        """
         target, proposal = self.kernel.target, self.kernel.proposal
         if isinstance(target.density, DensityRatio):
             old, new = target.at(low), target.at(high)
@@ -162,15 +165,17 @@ class MetropolisHastings(eqx.Module):
         # Explicitly: the derivative of min(1, exp r) at r = 0 would be one half.
         alpha = jnp.exp(jnp.minimum(move.log_ratio, 0))
         moved = move.log_ratio < 0
-        # For a ratio R, grad alpha is grad R if not taken; if taken, in that of the way back, -alpha^2 grad (1 / R).
+        # Of a log density, grad alpha = alpha grad r. Of a ratio R it is grad R; and in that of the way back, which an
+        # acceptance's flip is, -alpha^2 grad (1 / R).
         in_ratio = isinstance(self.kernel.target.density, DensityRatio)
-        slope = moved * (jnp.where(move.accepted, alpha**2, 1.0) if in_ratio else alpha)
-        row = None if gradient is None else gradient(low, high, jnp.asarray(FLIP))
+        slope = moved * (1.0 if in_ratio else alpha)
+        unit = jnp.where(move.accepted, alpha**2, 1.0) if in_ratio else 1.0
+        row = None if gradient is None else unit * gradient(low, high, jnp.asarray(FLIP))
         rises = None if row is None else (row[0] > 0) != move.accepted
         coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
         distance = jnp.abs(high - low).astype(coefficient.dtype)
         strength = strength_of(rule.strength, coefficient, distance, row)
-        return Birth(move.otherwise, low, high, jnp.asarray(FLIP), coefficient, strength)
+        return Birth(move.otherwise, low, high, jnp.asarray(FLIP), unit * coefficient, strength)
 
     def _fresh(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """grad log q(x, x') [F(x') - F(x'')], x'' another draw from x: the score, with a baseline of its own."""
