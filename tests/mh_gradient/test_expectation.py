@@ -306,6 +306,33 @@ def test_a_start_narrower_than_other_floats(x64):
     assert jax.grad(expectation)(0.5, KEY).dtype == jnp.float64
 
 
+@pytest.mark.parametrize("num_alternatives", [1, 2])
+def test_diagnostics_of_one_step(num_alternatives):
+    """From 0 to x': an alternative has kappa = alpha and W = alpha x', and the gradient is W (f(Y) - f(X)) = +-W x'."""
+    expectation = gaussian(num_steps=1, num_chains=1, num_alternatives=num_alternatives)
+    one = jax.jit(jax.value_and_grad(expectation, has_aux=True))
+    for key in jax.random.split(KEY, 30):
+        (x, aux), gradient = one(0.5, key)
+        assert aux.acceptance == (x != 0)
+        assert aux.num_births == (gradient != 0)
+        assert aux.alive_fraction == pytest.approx((gradient != 0) / num_alternatives)
+        assert aux.num_meetings == 0
+        assert np.isnan(aux.meeting_times).all()
+        if x != 0:
+            alpha = np.exp(min(0.0, -((x - 0.5) ** 2 - 0.25) / 2))
+            assert aux.largest_kappa == pytest.approx(alpha if alpha < 1 else 0, rel=1e-4)
+            assert aux.largest_weight == pytest.approx(abs(float(gradient / x)), rel=1e-4)
+
+
+def test_weights_have_no_size_where_positions_move():
+    expectation = lehr.mh_expectation(
+        log_normal, first, mh.MALA(1.0), mh.MaximalReflection(), jnp.zeros(1), num_steps=5, num_chains=4, has_aux=True
+    )
+    (_, aux), _ = jax.value_and_grad(expectation, has_aux=True)(0.5, KEY)
+    assert np.isnan(aux.largest_weight)
+    assert aux.largest_kappa > 0
+
+
 def test_three_states():
     """A mixture of three components, its posterior over them at one observation: exact by powers of the kernel."""
     means = np.array([-2.5, 2.0, 5.0])

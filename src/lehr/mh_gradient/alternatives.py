@@ -284,14 +284,24 @@ def _oldest(taken: Array, lives: Array) -> Array:
 
 def by_decision(trace: Trace) -> Float[Array, "num_steps num_chains m"]:
     """What counts for each decision: sum_i kappa_i (f(Y_i) - f(X_i)), Y its alternative."""
+    return trace.coefficient[..., None] * _of_lives(jnp.add, trace.contribution, trace.taken)
 
-    # An alternative's steps follow each other in its slot: summed from the last to the first.
+
+def largest_kappas(trace: Trace) -> Float[Array, "num_steps num_chains"]:
+    """Of each decision, the largest kappa of its alternative; 0 if it has none. For traces that recorded lives."""
+    return trace.coefficient * _of_lives(jnp.maximum, trace.lives.strength[..., None], trace.taken)[..., 0]
+
+
+def _of_lives(
+    combine: Callable[[Array, Array], Array], values: Float[Array, "num_steps num_chains *slots m"], taken: Array
+) -> Float[Array, "num_steps num_chains m"]:
+    """For each step at which a slot was taken, the values while that birth was in it, combined; else 0."""
+
+    # An alternative's steps follow each other in its slot: from the last to the first.
     def step(total, inputs):
-        contribution, taken = inputs
-        total, taken = total + contribution, taken[..., None]
+        value, taken = inputs
+        total, taken = combine(total, value), taken[..., None]
         found = jnp.where(taken, total, 0)
         return jnp.where(taken, 0, total), jnp.sum(found, axis=tuple(range(1, found.ndim - 1)))
 
-    start = jnp.zeros_like(trace.contribution[0])
-    found = jax.lax.scan(step, start, (trace.contribution, trace.taken), reverse=True)[1]
-    return trace.coefficient[..., None] * found
+    return jax.lax.scan(step, jnp.zeros_like(values[0]), (values, taken), reverse=True)[1]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lehr.mh_gradient.alternatives import Run, Trace
+from lehr.mh_gradient.alternatives import Run, Trace, largest_kappas
 
 #: share of the chains whose last alternative has lived for half of the run
 _WORTH_A_WARNING = 0.1
@@ -31,8 +31,11 @@ class Diagnostics(eqx.Module):
     alive_fraction: Float[Array, ""]
     #: alternatives that were kept when born, a chain
     num_births: Float[Array, ""]
-    #: largest |kappa|: the weight of an alternative over the gradient of its flip's log ratio
+    #: largest |W|: the norm of an alternative's weight, in all parameters; NaN where positions move with these, and a
+    #: decision has no gradient of its own
     largest_weight: Float[Array, ""]
+    #: largest number kappa in front of the gradient of a flip's log ratio
+    largest_kappa: Float[Array, ""]
     #: steps that alternatives lived which met the chain: median, 90 %, 99 %, longest; NaN if none did
     meeting_times: Float[Array, "4"]
     #: alternatives that met the chain, a chain
@@ -49,16 +52,17 @@ class Diagnostics(eqx.Module):
         return _in_words(float(self.unmet), self.num_steps)
 
 
-def diagnose(run: Run, num_steps: int) -> Diagnostics:
-    """From the runs of chains, with a leading axis of chains, which recorded the lives of their alternatives."""
+def diagnose(run: Run, num_steps: int, largest_weight: Array) -> Diagnostics:
+    """From the runs of chains which recorded the lives of their alternatives."""
     num_chains = len(run.acceptance)
-    alive, kappa, age_met = _lives(run.trace)
+    age_met = _ages_met(run.trace)
     met = jnp.where(age_met > 0, age_met.astype(jnp.float32), jnp.nan)
     return Diagnostics(
         acceptance=jnp.mean(run.acceptance),
-        alive_fraction=jnp.mean(alive.astype(jnp.float32)),
+        alive_fraction=jnp.mean((run.trace.lives.strength > 0).astype(jnp.float32)),
         num_births=jnp.sum(run.trace.taken) / num_chains,
-        largest_weight=jnp.max(jnp.abs(kappa)),
+        largest_weight=largest_weight,
+        largest_kappa=jnp.max(jnp.abs(largest_kappas(run.trace))),
         meeting_times=jnp.nanquantile(met, jnp.asarray(_QUANTILES)),
         num_meetings=jnp.sum(age_met > 0) / num_chains,
         unmet=_unmet(run.oldest, num_steps),
@@ -66,19 +70,13 @@ def diagnose(run: Run, num_steps: int) -> Diagnostics:
     )
 
 
-def _lives(trace: Trace) -> tuple[Array, Array, Array]:
-    """After each step, by chain and slot: whether an alternative lives, its kappa, and at which age one met the chain.
-
-    An age of 0 is none.
-    """
-    taken, lives = trace.taken, trace.lives
+def _ages_met(trace: Trace) -> Array:
+    """After each step, by chain and slot: the age at which an alternative met the chain; 0 if none did."""
+    taken = trace.taken
     steps = jnp.arange(len(taken)).reshape(-1, *(1 for _ in taken.shape[1:]))
     born = jax.lax.cummax(jnp.where(taken, steps, -1), axis=0)
     before = jnp.concatenate([jnp.full_like(born[:1], -1), born[:-1]])
-    coefficient = trace.coefficient.reshape(*trace.coefficient.shape, *(1 for _ in taken.shape[2:]))
-    kappa = lives.strength * jnp.take_along_axis(coefficient, jnp.maximum(born, 0), axis=0)
-    alive = lives.strength > 0
-    return alive, jnp.where(alive, kappa, 0), jnp.where(lives.met, steps - before, 0)
+    return jnp.where(trace.lives.met, steps - before, 0)
 
 
 def _unmet(oldest: Array, num_steps: int) -> Float[Array, ""]:

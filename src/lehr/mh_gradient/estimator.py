@@ -11,7 +11,7 @@ from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.mh_gradient.alternatives import steps_at_once
 from lehr.mh_gradient.chains import Chains
-from lehr.mh_gradient.gradient import weighted_gradient
+from lehr.mh_gradient.gradient import largest_gradient, weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
 from lehr.mh_gradient.proposals import AbstractProposal, RandomWalk
 from lehr.mh_gradient.sampler import MetropolisHastings, Rule
@@ -138,16 +138,7 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
 
         return _finite(jax.grad(total)(floats))
 
-    def flat(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
-
-    rows = flat((kept.low, kept.high, kept.tag))
-    found = weighted_gradient(
-        lambda floats, row: log_factor(estimator, eqx.combine(floats, others), row),
-        floats,
-        rows,
-        flat(weights),
-    )
+    found = _weighted(weighted_gradient, estimator, floats, others, kept, weights)
     found = _finite(found)
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
@@ -158,9 +149,31 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
         def of(floats: Any, row: Any) -> Array:
             return jnp.vdot(scale, chains.row(eqx.combine(floats, others))(*row))
 
-        direct = weighted_gradient(of, floats, flat((before, kept.after)), flat(counts) * 1.0)
+        direct = weighted_gradient(of, floats, _flat((before, kept.after)), _flat(counts) * 1.0)
         found = jax.tree.map(jnp.add, found, direct)
     return found
+
+
+def largest_weight(params: Any, estimator: Estimator, kept: Kept, kappas: Array) -> Array:
+    """The largest norm of an alternative's weight, kappa times the gradient of its decision's log ratio."""
+    if estimator.pathwise:
+        return jnp.asarray(jnp.nan)
+    floats, others = eqx.partition(params, eqx.is_inexact_array)
+    return _weighted(largest_gradient, estimator, floats, others, kept, kappas)
+
+
+def _weighted(pass_over: Any, estimator: Estimator, floats: Any, others: Any, kept: Kept, weights: Array) -> Any:
+    """`weighted_gradient` or `largest_gradient` of the decisions of all chains."""
+
+    def of(floats: Any, row: Any) -> Array:
+        return log_factor(estimator, eqx.combine(floats, others), row)
+
+    return pass_over(of, floats, _flat((kept.low, kept.high, kept.tag)), _flat(weights))
+
+
+def _flat(tree: Any) -> Any:
+    """Steps and chains as one axis."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def _finite(gradient: Any) -> Any:

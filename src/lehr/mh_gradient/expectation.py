@@ -10,12 +10,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.mh_gradient.alternatives import Record, Run, by_decision, run_chains
+from lehr.mh_gradient.alternatives import Record, Run, by_decision, largest_kappas, run_chains
 from lehr.mh_gradient.births import STRENGTHS, WEIGHTS, Strength, Weights
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
 from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warn_of_unmet
-from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, log_factor
+from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, largest_weight, log_factor
 from lehr.mh_gradient.gradient import support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
@@ -235,7 +235,7 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     error = jax.tree.map(_error, each)
     aux = eqx.tree_at(
         lambda d: (d.value_error, d.gradient_error),
-        diagnose(run, plan.num_steps),
+        diagnose(run, plan.num_steps, largest_weight(params, estimator, kept, largest_kappas(trace))),
         (_error(means), error),
         is_leaf=lambda leaf: leaf is None,
     )

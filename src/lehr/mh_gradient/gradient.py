@@ -16,7 +16,38 @@ _SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
 def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
     num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
-    size = min(num, max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1))))
+    size = max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1)))
+
+    def add(total: Any, rows: Any, weight: Array) -> Any:
+        def summed(params: Any) -> Array:
+            return jnp.vdot(weight, jax.vmap(lambda row: of(params, row))(rows))
+
+        return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
+
+    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, size)
+
+
+def largest_gradient(
+    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]
+) -> Float[Array, ""]:
+    """max_i |weights_i| |grad_params of(params, row_i)|, over the rows with weights that are not 0, if any; else 0."""
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def norm(row: Any) -> Array:
+        return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(of)(params, row))))
+
+    def add(largest: Array, rows: Any, weight: Array) -> Array:
+        # What fills a chunk has no weight, and its gradient is that of another row.
+        return jnp.maximum(largest, jnp.max(jnp.abs(weight) * jax.vmap(norm)(rows)))
+
+    # Here each row has a gradient of its own in memory.
+    return _over_used(add, jnp.zeros(()), rows, weights, max(1, min(_LARGEST, _NUMBERS // max(num_params, 1))))
+
+
+def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, weights: Array, size: int) -> Any:
+    """`total = add(total, rows, weights)` over chunks of the rows with weights that are not 0."""
+    num = len(weights)
+    size = min(num, size)
     # The j-th used row is where their running count reaches j + 1.
     running = jnp.cumsum(weights != 0)
 
@@ -25,14 +56,9 @@ def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, w
         # What fills the last chunk repeats its first row, with weight 0.
         weight = jnp.where(index < num, weights[jnp.minimum(index, num - 1)], 0)
         index = jnp.where(index < num, index, index[0])
+        return add(total, jax.tree.map(lambda leaf: leaf[index], rows), weight)
 
-        def summed(params: Any) -> Array:
-            values = jax.vmap(lambda row: of(params, row))(jax.tree.map(lambda leaf: leaf[index], rows))
-            return jnp.vdot(weight, values)
-
-        return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
-
-    return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
 
 
 def support_moves(log_density: Callable[[Any, Array], Array], params: Any, inside: Array, outside: Array) -> Array:

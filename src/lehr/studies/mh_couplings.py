@@ -179,7 +179,7 @@ def measure(name: str, method: Method, target: str, shape: Shape, dim: int, opti
         "meeting_median": meetings[0],
         "meeting_99": meetings[2],
         "unmet": float(aux.unmet),
-        "largest_weight": float(aux.largest_weight),
+        "largest_kappa": float(aux.largest_kappa),
     }
 
 
