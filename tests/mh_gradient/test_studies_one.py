@@ -64,7 +64,6 @@ def test_proposal(tmp_path, monkeypatch):
     monkeypatch.setattr(mh_proposal, "ROUTES", {name: mh_proposal.ROUTES[name] for name in (*few, "MALA")})
     monkeypatch.setattr(mh_proposal, "GOALS", ("whitened",))
     monkeypatch.setattr(mh_proposal, "NUM_STEPS", 600)
-    monkeypatch.setattr(mh_proposal, "NUM_ITERATIONS", 80)
     found = run(mh_proposal.proposal, tmp_path, "mh-proposal", 512)
     rows = {row["route"]: row for row in found["routes"]}
     assert rows["weak"]["exact"] == pytest.approx(-0.1338, abs=1e-4)
