@@ -58,7 +58,7 @@ def test_the_specific_heat_of_groups_is_unbiased():
 
 @pytest.mark.slow
 def test_ising(tmp_path, monkeypatch):
-    small = {"TEMPERATURES": (2.5, 4.0), "SWEEPS": (50, 100), "COMPARED_AT": (4.0,)}
+    small = {"TEMPERATURES": (2.5, 4.0), "SWEEPS": (50, 100), "COMPARED_AT": (4.0,), "SLOTS_AT": (2.8,)}
     for name, value in (small | {"RUN_SWEEPS": (20, 50), "ITERATIONS": 120}).items():
         monkeypatch.setattr(mh_ising, name, value)
     found = run(mh_ising.ising, tmp_path, "mh-ising", side=4, num_chains=64)
@@ -69,6 +69,10 @@ def test_ising(tmp_path, monkeypatch):
     assert found["curve"][1]["slope"]["error"] < 1  # of -3.2
     variances = {row["coupling"]: row["variance"] for row in found["couplings"]}
     assert variances["heat bath"] < variances["single spins, monotone"] < variances["single spins, independent"]
+    for row in found["alternatives"]:
+        assert abs(row["slope"] - row["exact"]) < 5 * row["error"]
+    one, _, sixteen = (row["variance"] for row in found["alternatives"])
+    assert sixteen < one / 2
     for row in found["ascents"]:
         assert abs(row["temperature"] - found["maximum"]["temperature"]) < 0.4
 

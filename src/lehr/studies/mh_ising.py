@@ -1,6 +1,7 @@
 """The Ising model on a torus: its specific heat, the derivative of that, and the ascent to its maximum."""
 
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,10 @@ _GROUPS = 16
 #: of the curve; sweeps from all spins up, that do not and do count
 TEMPERATURES = (1.5, 1.75, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.65, 2.8, 3.0, 3.5, 4.0)
 SWEEPS = (500, 1000)
+#: alternatives kept at once: of the births of all sites and of many sweeps one that is kept would have to speak for all
+_ALTERNATIVES = 4
+#: where numbers of them are compared, and by how many gradients of chains of how many sweeps
+_SLOTS, SLOTS_AT, _SLOTS_SWEEPS, _SLOTS_REPEATS = (1, 4, 16), (2.1, 2.3, 2.8), (100, 300), 48
 #: single spins, but for the last; a proposal turns the same spin in both chains, so that they propose opposite ones
 _COUPLINGS = {
     "single spins, monotone": mh.MonotoneSpin(),
@@ -58,6 +63,7 @@ def ising(options: "Ising") -> int:
         warnings.filterwarnings("ignore", "in .* of the chains the alternative", RuntimeWarning)
         result["curve"] = specific_heats(keys[0], options, say)
         result["couplings"] = compare_couplings(keys[1], options, say)
+        result["alternatives"] = compare_alternatives(keys[1], options.side, say)
         result["ascents"] = ascend(keys[2], options.side, say)
     write(options.out, "mh-ising", result, draw(result), to_stdout=options.json)
     return 0
@@ -132,8 +138,11 @@ def specific_heats(key: PRNGKeyArray, options: "Ising", say: Callable[[str], Non
         expectation = mh.covariance_expectation(log_density, f, bath, x0, **n)
         return lambda t, key: (expectation(t, key), None)
 
-    through = _groups(lambda f: mh_expectation(log_density, f, bath, mh.MonotoneSpin(), x0, **n, has_aux=True))
-    routes = through, _groups(by_covariance)
+    def through(f: Moments) -> Any:
+        coupling = mh.MonotoneSpin()
+        return mh_expectation(log_density, f, bath, coupling, x0, **n, num_alternatives=_ALTERNATIVES, has_aux=True)
+
+    routes = _groups(through), _groups(by_covariance)
     rows = []
     for i, t in enumerate(TEMPERATURES):
         keys = jax.random.split(jax.random.fold_in(key, i), _GROUPS)
@@ -175,13 +184,40 @@ def compare_couplings(key: PRNGKeyArray, options: "Ising", say: Callable[[str], 
     return rows
 
 
+def compare_alternatives(key: PRNGKeyArray, side: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The variance of d<E>/dT by the heat bath, a site, and its product with the time, for numbers of alternatives."""
+    bath, x0, rows = mh.HeatBath.checkerboard(side, side), jnp.ones(side**2), []
+    keys, n = jax.random.split(key, _SLOTS_REPEATS), _lengths(_SLOTS_SWEEPS, 8)
+    for t in SLOTS_AT:
+        for num in _SLOTS:
+            mean = mh_expectation(
+                log_density, lambda x: energy(x) / side**2, bath, mh.MonotoneSpin(), x0, **n, num_alternatives=num
+            )
+            slopes = jax.jit(lambda t, keys, mean=mean: jax.lax.map(lambda key: jax.grad(mean)(t, key), keys))
+            jax.block_until_ready(slopes(jnp.asarray(t), keys))  # compiles
+            start = time.perf_counter()
+            found = np.asarray(slopes(jnp.asarray(t), keys), float)
+            variance, seconds = float(found.var(ddof=1)), (time.perf_counter() - start) / _SLOTS_REPEATS
+            rows.append(
+                {"temperature": t, "alternatives": num, "variance": variance, "work": variance * seconds}
+                | {"slope": float(found.mean()), "error": (variance / _SLOTS_REPEATS) ** 0.5}
+                | {"exact": exact_heat(t, side)[0] / side**2}
+            )
+            say(
+                "T = {temperature}, {alternatives} alternatives: d<E>/dT {slope:.3f} +- {error:.3f} a site (exact "
+                "{exact:.3f}), variance {variance:.2g}, times seconds {work:.2g}".format(**rows[-1])
+            )
+    return rows
+
+
 def ascend(key: PRNGKeyArray, side: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """From T = 6 to the largest specific heat by Adam, a few runs at once, by both gradients."""
     sites, exact, rows = side**2, maximum(side)["temperature"], []
     f = Moments(jnp.asarray(-(2**0.5) * sites))  # the infinite lattice, where C is largest
     what, x0 = (log_density, f, mh.HeatBath.checkerboard(side, side)), jnp.ones(sites)
     n = _lengths(RUN_SWEEPS, _RUN_CHAINS // 2)
-    through, plain = mh_expectation(*what, mh.MonotoneSpin(), x0, **n), mh.covariance_expectation(*what, x0, **n)
+    through = mh_expectation(*what, mh.MonotoneSpin(), x0, **n, num_alternatives=_ALTERNATIVES)
+    plain = mh.covariance_expectation(*what, x0, **n)
     for name, expectation in {"through the chain": through, "covariance": plain}.items():
 
         def one(t: Array, keys: Array, expectation: Any = expectation) -> Array:
