@@ -80,8 +80,8 @@ class Run(NamedTuple):
     acceptance: Float[Array, " num_chains"]
     bad_start: Bool[Array, " num_chains"]
     trace: Any
-    #: age of the oldest alternative at the end, in steps
-    oldest: Any
+    #: at the end, of each slot the age of its alternative in steps; 0 if it is empty
+    ages: Any
 
 
 class Plan(NamedTuple):
@@ -161,7 +161,7 @@ def run_chains(
         acceptance=num_accepted / plan.num_steps,
         bad_start=~jnp.isfinite(start.log_prob),
         trace=trace,
-        oldest=None if rule is None else _oldest(trace.taken, slots.strength > 0),
+        ages=None if rule is None else _ages(trace.taken, slots.strength > 0),
     )
 
 
@@ -275,11 +275,10 @@ def _alternatives(
     )
 
 
-def _oldest(taken: Array, lives: Array) -> Array:
-    """Steps since the last birth in a slot that is not empty, by chain."""
+def _ages(taken: Array, lives: Array) -> Array:
+    """Steps since the last birth in each slot that is not empty."""
     steps = jnp.arange(len(taken)).reshape(-1, *(1 for _ in lives.shape))
-    age = jnp.where(lives, len(taken) - jnp.max(jnp.where(taken, steps, 0), axis=0), 0)
-    return jnp.max(age.reshape(len(age), -1), axis=1)
+    return jnp.where(lives, len(taken) - jnp.max(jnp.where(taken, steps, 0), axis=0), 0)
 
 
 def by_decision(trace: Trace) -> Float[Array, "num_steps num_chains m"]:

@@ -40,7 +40,7 @@ class Diagnostics(eqx.Module):
     meeting_times: Float[Array, "4"]
     #: alternatives that met the chain, a chain
     num_meetings: Float[Array, ""]
-    #: share of the chains that end with an alternative older than half of the run
+    #: share of the chains that end with an alternative older than half of the run (with several slots, of all slots)
     unmet: Float[Array, ""]
     num_steps: int = eqx.field(static=True)
     value_error: Any = None
@@ -65,7 +65,7 @@ def diagnose(run: Run, num_steps: int, largest_weight: Array) -> Diagnostics:
         largest_kappa=jnp.max(jnp.abs(largest_kappas(run.trace))),
         meeting_times=jnp.nanquantile(met, jnp.asarray(_QUANTILES)),
         num_meetings=jnp.sum(age_met > 0) / num_chains,
-        unmet=_unmet(run.oldest, num_steps),
+        unmet=_unmet(run.ages, num_steps),
         num_steps=num_steps,
     )
 
@@ -79,18 +79,18 @@ def _ages_met(trace: Trace) -> Array:
     return jnp.where(trace.lives.met, steps - before, 0)
 
 
-def _unmet(oldest: Array, num_steps: int) -> Float[Array, ""]:
-    return jnp.mean((oldest > num_steps / 2).astype(jnp.float32))
+def _unmet(ages: Array, num_steps: int) -> Float[Array, ""]:
+    return jnp.mean((ages > num_steps / 2).astype(jnp.float32))
 
 
-def warn_of_unmet(oldest: Array, num_steps: int) -> None:
+def warn_of_unmet(ages: Array, num_steps: int) -> None:
     """Warns where alternatives do not meet their chains, also from compiled code.
 
-    `oldest` are the ages of chains' last alternatives.
+    `ages` are those of the alternatives at the end, 0 for a slot that is empty.
     """
     if num_steps < _SHORTEST:
         return
-    share = _unmet(oldest, num_steps)
+    share = _unmet(ages, num_steps)
 
     def warn(share: Any) -> None:
         text = _in_words(float(np.max(share)), num_steps)

@@ -216,7 +216,7 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     run = _run(params, estimator, keys, alone=False)
     plan, trace = estimator.chains.plan, run.trace
     means = _checked(run, plan.num_steps)
-    warn_of_unmet(run.oldest, plan.num_steps)
+    warn_of_unmet(run.ages, plan.num_steps)
     if not isinstance(estimator.chains.density, DensityRatio):
         low, high = (
             leaf.reshape(-1, *leaf.shape[2:])[:: -(-leaf[..., 0].size // 256)] for leaf in (trace.low, trace.high)

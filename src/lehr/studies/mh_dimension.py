@@ -1,7 +1,9 @@
 """Many parameters: the gradient of an expectation under an energy that is a network, and what it costs."""
 
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from lehr.mh_studies import Dimension
 
 _DIMENSION, _NUM_STEPS, _BURN_IN, _REPEATS = 10, 100, 20, 5
+#: kept at once, to compare
+_ALTERNATIVES = (1, 2, 4, 8, 16)
 #: a small network, 2-32-32-1 without the last bias, has 1,184 parameters
 _SMALL_DIMENSION, _SMALL_WIDTH, _SMALL_STEPS, _SMALL_BURN_IN = 2, 32, 200, 50
 
@@ -46,19 +50,27 @@ def dimension(options: "Dimension") -> int:
     """Runs the study, writes mh-dimension.json and mh-dimension.png; returns the exit code."""
     if options.num_chains < 2 or options.largest < 1000:
         raise InputError("dimension needs at least 2 chains and 1,000 parameters: give larger numbers")
-    console = Console(stderr=True)
+    say = partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
     widths = [round(size**0.5) for size in (1e3, 1e4, 1e5, 1e6) if size <= options.largest]
+    settings = options.num_chains, options.num_repeats, options.seed
     rows = []
-    for width in widths:
-        rows.append(measure(width, options.num_chains, options.num_repeats, options.seed))
-        console.print(in_words(rows[-1]), highlight=False, soft_wrap=True)
-    strengths = by_strength(options.num_chains, options.num_repeats, options.seed)
-    texts = ", ".join(f"{name} {ratio:.1f}" for name, ratio in strengths["variance_ratio"].items())
-    console.print(
-        f"{strengths['num_parameters']:,} parameters, positions of {_SMALL_DIMENSION} numbers: variance over that of "
-        f"the covariance gradient, by strength: {texts}",
-        highlight=False,
-        soft_wrap=True,
+    with warnings.catch_warnings():
+        # A hundred steps in ten dimensions are few beside those that alternatives take to meet.
+        warnings.filterwarnings("ignore", "in .* of the chains the alternative", RuntimeWarning)
+        for width in widths:
+            rows.append(measure(width, *settings))
+            say(in_words(rows[-1]))
+        strengths, alternatives = by_strength(*settings), by_alternatives(widths[0], *settings)
+    say(
+        f"{strengths['num_parameters']:,} parameters, positions of {_SMALL_DIMENSION} numbers, variance over that of "
+        "the covariance gradient: "
+        + ", ".join(f"{name} {ratio:.1f}" for name, ratio in strengths["variance_ratio"].items())
+    )
+    say(
+        f"{rows[0]['num_parameters']:,} parameters, variance over that of the covariance gradient, and time: "
+        + ", ".join(
+            f"{r['alternatives']} at once {r['variance_ratio']:.2f}, {1e3 * r['seconds']:.1f} ms" for r in alternatives
+        )
     )
     result = {
         "num_chains": options.num_chains,
@@ -66,6 +78,7 @@ def dimension(options: "Dimension") -> int:
         "burn_in": _BURN_IN,
         "rows": rows,
         "strengths": strengths,
+        "alternatives": alternatives,
     }
     write(options.out, "mh-dimension", result, draw(result), to_stdout=options.json)
     return 0
@@ -126,6 +139,27 @@ def by_strength(num_chains: int, num_repeats: int, seed: int) -> dict[str, Any]:
         "burn_in": _SMALL_BURN_IN,
         "variance_ratio": {name: variance(each) / covariance for name, each in coupled.items()},
     }
+
+
+def by_alternatives(width: int, num_chains: int, num_repeats: int, seed: int) -> list[dict[str, Any]]:
+    """The variance over that of the covariance's, and the time of a gradient, for numbers of alternatives."""
+    key_net, key = jax.random.split(jax.random.key(seed))
+    params, log_density = network(key_net, _DIMENSION, width)
+    walk, x0 = RandomWalk(2.38 / _DIMENSION**0.5), jnp.zeros(_DIMENSION)
+    settings: dict[str, Any] = {"num_steps": _NUM_STEPS, "burn_in": _BURN_IN, "num_chains": num_chains}
+
+    def measured(expectation: Any) -> tuple[float, float]:
+        gradient = jax.jit(lambda key: ravel_pytree(jax.grad(expectation)(params, key))[0])
+        variance = Moments.of(gradient, jax.random.split(key, num_repeats)).variance
+        return variance, _seconds(lambda: gradient(key))
+
+    covariance, _ = measured(covariance_expectation(log_density, _f, walk, x0, **settings))
+    rows = []
+    for num in _ALTERNATIVES:
+        coupled = lehr.mh_expectation(log_density, _f, walk, MaximalReflection(), x0, num_alternatives=num, **settings)
+        variance, seconds = measured(coupled)
+        rows.append({"alternatives": num, "variance_ratio": variance / covariance, "seconds": seconds})
+    return rows
 
 
 def network(key: Array, dimension: int, width: int) -> tuple[Any, Callable[[Any, Array], Array]]:
