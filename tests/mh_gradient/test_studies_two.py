@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lehr.errors import InputError
-from lehr.studies import mh_couplings, mh_ising
+from lehr.studies import mh_couplings, mh_dimension, mh_ising
 from lehr.studies.ising_exact import exact_heat, exact_moments, maximum
 
 
@@ -111,3 +111,28 @@ def test_targets_of_couplings_are_what_they_are_drawn_from(dim):
 def test_couplings_needs_chains_for_errors(tmp_path):
     with pytest.raises(InputError, match="num_chains"):
         mh_couplings.couplings(SimpleNamespace(out=tmp_path, num_chains=2, seed=0, json=False))
+
+
+@pytest.mark.slow
+def test_dimension(tmp_path, monkeypatch):
+    monkeypatch.setattr(mh_dimension, "_ALTERNATIVES", (1, 8))
+    found = run(mh_dimension.dimension, tmp_path, "mh-dimension", largest=1000, num_chains=64, num_repeats=24)
+    (row,) = found["rows"]
+    assert row["num_parameters"] == 32 * 10 + 32 + 32 * 32 + 32 + 32
+    assert row["cosine"] > 0.8
+    assert 0.02 < row["births"] < 0.3
+    assert found["strengths"]["num_parameters"] == 1184
+    # The specification has 4.0, 4.4, 4.6 and 9.4, on a network of its own.
+    ratios = found["strengths"]["variance_ratio"]
+    assert max(ratios["gradient"], ratios["distance"]) < 4
+    assert ratios["uniform"] < 9.4
+    one, eight = (row["variance_ratio"] for row in found["alternatives"])
+    assert eight < one / 3
+
+
+@pytest.mark.parametrize(("largest", "num_chains"), [(999, 64), (1000, 1)])
+def test_what_dimension_cannot_do_is_refused(largest, num_chains, tmp_path):
+    with pytest.raises(InputError, match=r"at least 2 chains and 1,000 parameters"):
+        mh_dimension.dimension(
+            SimpleNamespace(out=tmp_path, largest=largest, num_chains=num_chains, num_repeats=4, seed=0, json=False)
+        )
