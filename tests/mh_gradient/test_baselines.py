@@ -94,14 +94,23 @@ def test_the_covariance_varies_more_for_a_scale():
         return x[0] ** 2
 
     walk, settings = mh.RandomWalk(2.38), {"num_steps": 200, "burn_in": 50}
-    coupled = lehr.mh_expectation(
-        log_density, square, walk, mh.MaximalReflection(), jnp.zeros(1), strength="gradient", **settings
+    by_gradient, by_distance = (
+        lehr.mh_expectation(
+            log_density, square, walk, mh.MaximalReflection(), jnp.zeros(1), strength=strength, **settings
+        )
+        for strength in ("gradient", "distance")
     )
     covariance = mh.covariance_expectation(log_density, square, walk, jnp.zeros(1), **settings)
     keys = jax.random.split(jax.random.key(0), 4000)
-    found, other = (np.asarray(jax.jit(jax.vmap(jax.grad(of), (None, 0)))(0.0, keys)) for of in (coupled, covariance))
-    assert abs(z_score(found, 2.0)) < 4
-    assert other.var() > 2.8 * found.var()
+    gradient, distance, other = (
+        np.asarray(jax.jit(jax.vmap(jax.grad(of), (None, 0)))(0.0, keys))
+        for of in (by_gradient, by_distance, covariance)
+    )
+    assert abs(z_score(gradient, 2.0)) < 4
+    assert abs(z_score(distance, 2.0)) < 4
+    ratios = [other.var() / gradient.var(), other.var() / distance.var()]
+    assert ratios == pytest.approx([4.5, 1.7], rel=0.25)
+    assert ratios[0] > 2.8
 
 
 def test_the_heat_bath_has_a_covariance_too():

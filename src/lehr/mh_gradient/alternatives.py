@@ -168,7 +168,7 @@ def run_chains(
 def steps_at_once(x0: Array) -> int:
     """How many steps of chains at these positions make a group that draws its noise at once: many if these are small.
 
-    (A draw takes a time of its own: for 64 chains in one dimension that of twenty steps.)
+    (For a draw takes a time of its own, beside which the numbers of a hundred small steps are few.)
     """
     return max(GROUP, _NUMBERS // x0.size)
 
