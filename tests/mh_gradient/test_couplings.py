@@ -33,8 +33,9 @@ from lehr.mh_gradient import (
     RandomWalk,
     SpinFlip,
 )
-from lehr.mh_gradient.couplings import AbstractCoupling, Followed, Kernel, Proposed
+from lehr.mh_gradient.couplings import AbstractCoupling, Followed, Proposed
 from lehr.mh_gradient.heat_bath import HeatBathSampler
+from lehr.mh_gradient.kernel import Kernel
 from lehr.mh_gradient.proposals import OwnProposal
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import Target

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from lehr.chunked_scan import GROUP, group_keys, in_groups, scan_groups
 from lehr.mh_gradient.births import Birth
-from lehr.mh_gradient.couplings import choose
+from lehr.mh_gradient.kernel import choose
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 

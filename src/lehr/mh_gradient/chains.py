@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.alternatives import Plan
-from lehr.mh_gradient.couplings import AbstractCoupling, Kernel, MonotoneSpin
+from lehr.mh_gradient.couplings import AbstractCoupling, MonotoneSpin
 from lehr.mh_gradient.heat_bath import HeatBath, HeatBathSampler
+from lehr.mh_gradient.kernel import Kernel
 from lehr.mh_gradient.proposals import AbstractProposal, OwnProposal
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import DensityRatio, Target

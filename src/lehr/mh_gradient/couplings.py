@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
+from lehr.mh_gradient.kernel import Kernel, Move, choose
 from lehr.mh_gradient.proposals import (
     AbstractGaussian,
     AbstractProposal,
@@ -23,24 +24,8 @@ from lehr.mh_gradient.proposals import (
     RandomWalk,
     SpinFlip,
 )
-from lehr.mh_gradient.target import Point, Target
+from lehr.mh_gradient.target import Point
 from lehr.numerics import normal
-
-
-class Move(NamedTuple):
-    """A step of Metropolis-Hastings: from `old`, `new` was proposed with `noise`; accepted if log u < log_ratio.
-
-    Of the two the chain is at `after`, and by the other decision it would be `otherwise`.
-    """
-
-    old: Point
-    new: Point
-    after: Point
-    otherwise: Point
-    accepted: Any
-    log_ratio: Any
-    log_uniform: Any
-    noise: Any
 
 
 class Proposed(NamedTuple):
@@ -60,22 +45,6 @@ class Followed(NamedTuple):
     def x(self) -> Array:
         """Its position."""
         return self.point.x
-
-
-class Kernel(NamedTuple):
-    """What a step needs: the target, and the proposal."""
-
-    target: Target
-    proposal: AbstractProposal
-
-    def log_ratio(self, new: Point, old: Point) -> Float[Array, ""]:
-        """log of [p(new) q(new, old)] / [p(old) q(old, new)]."""
-        return self.target.log_ratio(new, old) + self.proposal.log_ratio(new, old)
-
-
-def choose(condition: Bool[Array, ""], a: Any, b: Any) -> Any:
-    """a if the condition holds, else b; exactly."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 class AbstractCoupling(eqx.Module):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Strength, Weights, flip_coefficient
-from lehr.mh_gradient.couplings import AbstractCoupling, Followed, Kernel, Move, choose
+from lehr.mh_gradient.couplings import AbstractCoupling, Followed
+from lehr.mh_gradient.kernel import Kernel, Move, choose
 from lehr.mh_gradient.proposals import AbstractGaussian
 from lehr.mh_gradient.target import DensityRatio, Point
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from lehr import mh_gradient
 from lehr.errors import InputError
-from lehr.mh_gradient.couplings import AbstractCoupling, Kernel, choose
+from lehr.mh_gradient.couplings import AbstractCoupling
 from lehr.mh_gradient.expectation import mh_expectation
+from lehr.mh_gradient.kernel import Kernel, choose
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import Target
 from lehr.studies.output import write
