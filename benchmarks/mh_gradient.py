@@ -67,15 +67,16 @@ def measure(name: str, num_chains: int, num_steps: int, repeats: int) -> tuple[f
     )
     calls = [jax.jit(expectation), jax.jit(jax.value_and_grad(expectation))]
     for call in calls:
-        jax.block_until_ready(call(0.5, jax.random.key(0)))
+        jax.block_until_ready(call(jnp.asarray(0.5), jax.random.key(0)))
+    theta, keys = jnp.asarray(0.5), [jax.random.key(i) for i in range(5)]
     rows = []
-    for i in range(repeats):
+    for _ in range(repeats):
         times = []
         for call in calls:
             start = time.perf_counter()
-            for j in range(5):
-                jax.block_until_ready(call(0.5, jax.random.key(5 * i + j)))
-            times.append((time.perf_counter() - start) / 5)
+            for key in keys:
+                jax.block_until_ready(call(theta, key))
+            times.append((time.perf_counter() - start) / len(keys))
         rows.append(times)
     alone, both = (statistics.median(column) for column in zip(*rows))
     return alone, both, statistics.median(b / a for a, b in rows)

@@ -88,8 +88,13 @@ def group_keys(key: PRNGKeyArray, num_steps: int, largest_group: int = GROUP) ->
 
 def in_groups(steps: Any, keys: tuple[Array, Array], largest_group: int = GROUP) -> tuple[Any, Any | None]:
     """Each group's key and steps, and those of the steps that are left, if any: what `scan_groups` takes."""
-    whole, left = _split(steps, _group_size(_length(steps), largest=largest_group))
+    whole, left = in_chunks(steps, largest_group)
     return (keys[0], whole), None if left is None else (keys[1], left)
+
+
+def in_chunks(rows: Any, largest: int) -> tuple[Any, Any | None]:
+    """Rows in equal chunks `(num_chunks, size, ...)`, and those that are left, if any: what `scan_groups` takes."""
+    return _split(rows, _group_size(_length(rows), largest=largest))
 
 
 def _repeated(body: Body, *kept: str) -> Body:

@@ -150,3 +150,6 @@ def test_what_they_cannot_do_they_say():
         made(mh.difference_expectation, num_steps=3, step=0.0)
     with pytest.raises(lehr.InputError, match="burn_in must be below"):
         made(mh.covariance_expectation, num_steps=3, burn_in=3)
+    for which in (mh.covariance_expectation, mh.score_expectation, mh.difference_expectation):
+        with pytest.raises(lehr.InputError, match="cannot be differentiated again"):
+            jax.grad(jax.grad(made(which, **SHORT)))(0.5, KEYS[0])

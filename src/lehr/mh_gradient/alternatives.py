@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 from lehr.chunked_scan import GROUP, group_keys, in_groups, scan_groups
 from lehr.mh_gradient.births import Birth
 from lehr.mh_gradient.kernel import choose
+from lehr.mh_gradient.packed_scan import scan_chains
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 
@@ -124,41 +125,27 @@ def run_chains(
         (sums, slots), (keys, steps) = carry, inputs
 
         def draw(key):
-            key_chain, key_extra = jax.random.split(key)
-            of_chain = sampler.noise(key_chain, len(steps), x0[0])
-            return of_chain, None if rule is None else sampler.extra(key_extra, len(steps), x0[0], rule)
+            of_chain = sampler.noise(key, len(steps), x0[0])
+            return of_chain, None if rule is None else sampler.extra(key, len(steps), x0[0], rule)
 
         noise, extra = jax.vmap(draw, out_axes=1)(keys)
-
-        def step(carry, k, of_chain):
-            point, total, num_accepted = carry
-            move = sampler.move(k, point, of_chain)
-            value = f(point.x, move.after.x)
-            total = total + jnp.where(k >= plan.burn_in, value, 0)
-            # NaN from here on, if the log ratio is no number.
-            num_accepted = num_accepted + jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
-            left = None if rule is None else (value, sampler.record(move))
-            return (move.after, total, num_accepted), left
-
-        sums, left = _scan_chains(step, sums, steps, noise)
-        trace = None
-        if rule is not None:
-            values, did = left
-            of_chains = did, noise, extra
-            births = _births(sampler, rule, gradient, steps, of_chains)
-            slots, trace = _alternatives(sampler, f, plan, rule, record, slots, steps, of_chains, births, values)
+        if rule is None:
+            return (_sums_along(sampler, f, plan, sums, steps, noise), slots), None
+        sums, moves, values = _record(sampler, f, plan, sums, steps, noise)
+        births = _births(sampler, rule, gradient, moves, extra)
+        slots, trace = _alternatives(sampler, f, plan, rule, record, slots, steps, (moves, extra), births, values)
         return (sums, slots), trace
 
     width = jax.eval_shape(f, x0[0], x0[0])
-    sums = start, jnp.zeros((len(x0), *width.shape), width.dtype), jnp.zeros(len(x0))
+    sums = Sums(start, jnp.zeros((len(x0), *width.shape), width.dtype), jnp.zeros(len(x0)))
     carry = sums, None if rule is None else _none(start, plan)
     largest = steps_at_once(x0)
     of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
     groups = in_groups(jnp.arange(plan.num_steps), of_groups, largest)
-    ((_, total, num_accepted), slots), trace = scan_groups(group, carry, *groups)
+    (sums, slots), trace = scan_groups(group, carry, *groups)
     return Run(
-        mean=total / (plan.num_steps - plan.burn_in),
-        acceptance=num_accepted / plan.num_steps,
+        mean=sums.total / (plan.num_steps - plan.burn_in),
+        acceptance=sums.num_accepted / plan.num_steps,
         bad_start=~jnp.isfinite(start.log_prob),
         trace=trace,
         ages=None if rule is None else _ages(trace.taken, slots.strength > 0),
@@ -173,13 +160,46 @@ def steps_at_once(x0: Array) -> int:
     return max(GROUP, _NUMBERS // x0.size)
 
 
-def _scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, steps: Array, inputs: Any) -> Any:
-    """`lax.scan` of `step(carry, k, input)`, a function of one chain, for all chains at once.
+class Sums(NamedTuple):
+    """Of each chain: where it is, the sum of f after burn-in, and the number of accepted proposals.
 
-    The carry has a leading axis of chains, inputs and outputs `(num_steps, num_chains, ...)`.
+    That is NaN from where a log ratio was no number.
     """
-    of_chains = jax.vmap(step, in_axes=(0, None, 0))
-    return jax.lax.scan(lambda carry, of_step: of_chains(carry, *of_step), carry, (steps, inputs))
+
+    point: Point
+    total: Any
+    num_accepted: Any
+
+
+def _sums_along(sampler: Any, f: Averaged, plan: Plan, sums: Sums, steps: Array, noise: Any) -> Sums:
+    """Chains alone."""
+
+    def step(sums: Sums, k: Array, of_chain: Any) -> tuple[Sums, None]:
+        move = sampler.move(k, sums.point, of_chain)
+        value = jnp.where(k >= plan.burn_in, f(sums.point.x, move.after.x), 0)
+        return Sums(move.after, sums.total + value, sums.num_accepted + _accepted(move)), None
+
+    return scan_chains(step, sums, steps, noise)[0]
+
+
+def _record(sampler: Any, f: Averaged, plan: Plan, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
+    """Chains, with each of their moves and values of f, `(num_steps, num_chains, ...)`."""
+
+    def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
+        move = sampler.move(k, point, of_chain)
+        return move.after, (sampler.record(move), f(point.x, move.after.x))
+
+    last, (did, values) = scan_chains(step, sums.point, steps, noise)
+    before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
+    moves = jax.vmap(jax.vmap(sampler.recall, in_axes=(None, 0, 0, 0)))(steps, before, did, noise)
+    counted = jnp.where((steps >= plan.burn_in)[:, None, None], values, 0)
+    total = sums.total + jnp.sum(counted, axis=0)
+    num_accepted = jnp.sum(jax.vmap(jax.vmap(_accepted))(moves), axis=0)
+    return Sums(last, total, sums.num_accepted + num_accepted), moves, values
+
+
+def _accepted(move: Any) -> Array:
+    return jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
 
 
 def _none(start: Point, plan: Plan) -> Alternatives:
@@ -195,18 +215,13 @@ def _none(start: Point, plan: Plan) -> Alternatives:
     return Alternatives(points, previous, apart, jnp.zeros(shape))
 
 
-def _births(sampler: Any, rule: Rule, gradient: Gradient | None, steps: Array, of_chains: Any) -> Birth:
+def _births(sampler: Any, rule: Rule, gradient: Gradient | None, moves: Any, extra: Any) -> Birth:
     """Of each step of each chain."""
-
-    def birth(k: Array, of_step: Any) -> Birth:
-        did, noise, extra = of_step
-        return sampler.birth(sampler.recall(k, did, noise), extra, rule, gradient)
-
-    of_step = jax.vmap(birth, in_axes=(None, 0))
+    of_step = jax.vmap(lambda move, extra: sampler.birth(move, extra, rule, gradient))
     if gradient is None and rule.proposal_gradient is None:
-        return jax.vmap(of_step)(steps, of_chains)
+        return jax.vmap(of_step)(moves, extra)
     # Not at once where a birth needs a log density or its gradient, which may take much memory.
-    return jax.lax.map(lambda row: of_step(*row), (steps, of_chains))
+    return jax.lax.map(lambda row: of_step(*row), (moves, extra))
 
 
 def _alternatives(
@@ -225,8 +240,7 @@ def _alternatives(
     each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
     def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
-        (did, noise, extra), newborn, newborn_strength, value = inputs
-        move = sampler.recall(k, did, noise)
+        (move, extra), newborn, newborn_strength, value = inputs
         points, met = each(lambda point: sampler.follow(move, point, extra))(slots.point)
         lives = ~met
         if plan.consecutive:
@@ -259,9 +273,9 @@ def _alternatives(
         )
 
     inputs = (of_chains, births.point, births.strength, values)
-    slots, (contribution, taken, lives) = _scan_chains(step, slots, steps, inputs)
+    slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs)
     is_some = births.strength > 0
-    did = of_chains[0]
+    moves = of_chains[0]
     return slots, Trace(
         low=births.low,
         high=births.high,
@@ -269,8 +283,8 @@ def _alternatives(
         coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
         taken=taken,
         contribution=contribution,
-        accepted=did.accepted if record.accepted else None,
-        after=did.after.x if record.after else None,
+        accepted=moves.accepted if record.accepted else None,
+        after=moves.after.x if record.after else None,
         lives=lives,
     )
 

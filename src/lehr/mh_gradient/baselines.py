@@ -16,7 +16,7 @@ from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.mh_gradient.alternatives import steps_at_once
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
-from lehr.mh_gradient.gradient import weighted_gradient
+from lehr.mh_gradient.gradient import not_again, weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
 from lehr.mh_gradient.target import DensityRatio
 
@@ -232,8 +232,7 @@ def _path(params: Any, chains: Chains, keys: Array) -> tuple[Array, _Path]:
 
     def chain(key: Array, x0: Array) -> tuple[Array, _Path]:
         def noise(key, num_steps):
-            key_chain, _ = jax.random.split(key)
-            return sampler.noise(key_chain, num_steps, x0)
+            return sampler.noise(key, num_steps, x0)
 
         def step(point, inputs):
             k, of_chain = inputs
@@ -274,4 +273,4 @@ def _forwards(perturbed: Any, params: Any, chains: Chains, rule: Any, keys: Arra
 @_mean.def_bwd
 def _backwards(path: _Path, ct: Array, perturbed: Any, params: Any, chains: Chains, rule: Any, keys: Array) -> Any:
     del perturbed
-    return rule(params, chains, keys, path, ct)
+    return not_again(rule(params, chains, keys, path, ct))

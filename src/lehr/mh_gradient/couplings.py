@@ -136,7 +136,9 @@ class MaximalReflection(AbstractCoupling):
         along, square = jnp.sum(d * z), jnp.sum(d * d)
         # |z + d|^2 - |z|^2 without the cancellation of two large numbers
         same = noise <= -(along + square / 2)
-        reflected = mean + proposal.scale.times(z - 2 * along / jnp.where(square > 0, square, 1) * d)
+        # In one dimension, where that much is a good part of a step, a reflection is a change of sign.
+        mirrored = -z if len(z) == 1 else z - 2 * along / jnp.where(square > 0, square, 1) * d
+        reflected = mean + proposal.scale.times(mirrored)
         return Proposed(jnp.where(same, move.new.x, reflected), same)
 
 

@@ -191,8 +191,7 @@ def _replay(
     assert isinstance(sampler, MetropolisHastings)
 
     def noise(key, num_steps):
-        key_chain, _ = jax.random.split(key)
-        return sampler.noise(key_chain, num_steps, x0)
+        return sampler.noise(key, num_steps, x0)
 
     def step(carry, inputs):
         point, total = carry

@@ -16,7 +16,7 @@ from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
 from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warn_of_unmet
 from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, largest_weight, log_factor
-from lehr.mh_gradient.gradient import support_moves
+from lehr.mh_gradient.gradient import not_again, support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
 
@@ -258,5 +258,5 @@ def _backwards(residuals: Any, ct: Any, perturbed: Any, params: Any, estimator: 
     del perturbed
     ct_row = ct[0]
     if estimator.has_aux:
-        return jax.tree.map(lambda leaf: jnp.tensordot(ct_row, leaf, 1), residuals)
-    return gradient_of(params, estimator, keys, residuals, ct_row)
+        return not_again(jax.tree.map(lambda leaf: jnp.tensordot(ct_row, leaf, 1), residuals))
+    return not_again(gradient_of(params, estimator, keys, residuals, ct_row))

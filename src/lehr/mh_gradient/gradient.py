@@ -1,20 +1,30 @@
 """From births to gradients: one pass over the decisions whose alternative was kept, for any number of parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
+
+from lehr.chunked_scan import in_chunks, scan_groups
+from lehr.errors import InputError
 
 #: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
 #: one, of which the last call wastes some
 _SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
+#: up to so many numbers a row, to take all gradients costs less than to find the rows that count; and rows at once
+_FEW, _AT_ONCE = 100, 2**16
 
 
 def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
+    total = jax.tree.map(jnp.zeros_like, params)
+    if _numbers(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
+        return _over_all(of, params, total, rows, weights)
     num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
     size = max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1)))
 
@@ -24,7 +34,39 @@ def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, w
 
         return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
 
-    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, size)
+    return _over_used(add, total, rows, weights, size)
+
+
+def _over_all(of: Callable[[Any, Any], Array], params: Any, total: Any, rows: Any, weights: Array) -> Any:
+    """`weighted_gradient` with a gradient of every row."""
+
+    def add(total: Any, some: Any) -> tuple[Any, None]:
+        rows, weights = some
+        each = jax.vmap(jax.grad(of), in_axes=(None, 0))(params, rows)
+
+        def weighted(total: Array, leaf: Array) -> Array:
+            weight = weights.reshape(-1, *(1 for _ in total.shape))
+            # A gradient that does not count may be no number.
+            return total + jnp.sum(jnp.where(weight != 0, weight * leaf, 0), axis=0)
+
+        return jax.tree.map(weighted, total, each), None
+
+    return scan_groups(add, total, *in_chunks((rows, weights), _AT_ONCE))[0]
+
+
+def _numbers(of: Callable[..., Any], *arguments: Any) -> int | float:
+    """How many numbers of(*arguments) reads and writes, in its largest arrays; infinity, if it has loops."""
+
+    def in_jaxpr(jaxpr: Any) -> int | float:
+        return sum(map(of_equation, jaxpr.eqns))
+
+    def of_equation(equation: Any) -> int | float:
+        if equation.primitive.name in ("while", "scan"):
+            return math.inf
+        inner = [in_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
+        return max(inner) if inner else max(v.aval.size for v in (*equation.invars, *equation.outvars))
+
+    return in_jaxpr(jax.make_jaxpr(of)(*arguments).jaxpr)
 
 
 def largest_gradient(
@@ -59,6 +101,20 @@ def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, wei
         return add(total, jax.tree.map(lambda leaf: leaf[index], rows), weight)
 
     return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
+
+
+@jax.custom_jvp
+def not_again(gradient: Any) -> Any:
+    """The same gradient, of which a derivative raises: how weights depend on the parameters is not differentiated."""
+    return gradient
+
+
+@not_again.defjvp
+def _again(primals: Any, tangents: Any) -> Any:
+    raise InputError(
+        "the gradient of an expectation over chains cannot be differentiated again: take differences of gradients with "
+        "the same key"
+    )
 
 
 def support_moves(log_density: Callable[[Any, Array], Array], params: Any, inside: Array, outside: Array) -> Array:

@@ -126,9 +126,8 @@ class Sweep(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of a step: what follows from it, and not from its number and noise."""
+    """Of a step: what follows from it, and not from its number, its noise, and where it began."""
 
-    old: Point
     after: Point
     probability: Float[Array, " dim"]
 
@@ -145,12 +144,12 @@ class HeatBathSampler(eqx.Module):
 
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
         """Of the chain itself: a uniform number for each spin."""
-        return jax.random.uniform(key, (num_steps * x.shape[0],), x.dtype).reshape(num_steps, *x.shape)
+        return jax.random.uniform(_split(key)[0], (num_steps * x.shape[0],), x.dtype).reshape(num_steps, *x.shape)
 
     def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
-        """Of its alternatives: whether one is kept, and at which site."""
+        """Of its alternatives, from the same key: whether one is kept, and at which site."""
         del rule
-        key_coin, key_site = jax.random.split(key)
+        _, key_coin, key_site = _split(key)
         shape = (num_steps,)
         return Extra(jax.random.uniform(key_coin, shape, x.dtype), jax.random.uniform(key_site, shape, x.dtype))
 
@@ -162,11 +161,11 @@ class HeatBathSampler(eqx.Module):
 
     def record(self, move: Sweep) -> Drawn:
         """What of a step is to be kept, to know all of it again."""
-        return Drawn(move.old, move.after, move.probability)
+        return Drawn(move.after, move.probability)
 
-    def recall(self, k: Array, did: Drawn, noise: Array) -> Sweep:
-        """The step that left this record."""
-        return Sweep(did.old, did.after, self._colour(k), did.probability, noise)
+    def recall(self, k: Array, old: Point, did: Drawn, noise: Array) -> Sweep:
+        """The step from `old` that left this record."""
+        return Sweep(old, did.after, self._colour(k), did.probability, noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
         """Where another chain goes: by the same uniform numbers."""
@@ -205,3 +204,8 @@ class HeatBathSampler(eqx.Module):
         odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
         probability = jax.nn.sigmoid(odds)
         return jnp.where(colour, jnp.where(uniform < probability, 1, -1).astype(point.x.dtype), point.x), probability
+
+
+def _split(key: PRNGKeyArray) -> Array:
+    """Keys of all that is drawn for a chain and its alternatives."""
+    return jax.random.split(key, 3)

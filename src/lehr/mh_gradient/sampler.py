@@ -48,10 +48,10 @@ class Extra(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Of a step: where the chain is after it, and where it would be by the other decision."""
+    """Of a step: what was proposed, and where the chain is after it."""
 
+    new: Point
     after: Point
-    otherwise: Point
     accepted: Any
     log_ratio: Any
 
@@ -68,7 +68,7 @@ class MetropolisHastings(eqx.Module):
 
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> tuple[Any, Array]:
         """Of the chain itself: of its proposals, and log u."""
-        key_proposal, key_accept = jax.random.split(key)
+        key_proposal, key_accept = _split(key)[:2]
         dtype = jnp.result_type(float)
         return (
             self.kernel.proposal.noise(key_proposal, num_steps, x),
@@ -76,8 +76,8 @@ class MetropolisHastings(eqx.Module):
         )
 
     def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
-        """Of its alternatives."""
-        key_coupling, key_coin, key_choice, key_fresh, key_log, key_site, key_energy = jax.random.split(key, 7)
+        """Of its alternatives, from the same key."""
+        key_coupling, key_coin, key_choice, key_fresh, key_log, key_site, key_energy = _split(key)[2:]
         dtype, proposal = jnp.result_type(float), self.kernel.proposal
         several, weak = rule.proposal_gradient in ("score", "weak"), rule.proposal_gradient == "weak"
         fresh = rule.proposal_gradient == "score"
@@ -104,14 +104,14 @@ class MetropolisHastings(eqx.Module):
 
     def record(self, move: Move) -> Decided:
         """What of a step is to be kept, to know all of it again."""
-        return Decided(move.after, move.otherwise, move.accepted, move.log_ratio)
+        return Decided(move.new, move.after, move.accepted, move.log_ratio)
 
-    def recall(self, k: Array, did: Decided, noise: Any) -> Move:
-        """The step that left this record."""
+    def recall(self, k: Array, old: Point, did: Decided, noise: Any) -> Move:
+        """The step from `old` that left this record."""
         del k
         z, log_uniform = noise
-        old, new = choose(did.accepted, (did.otherwise, did.after), (did.after, did.otherwise))
-        return Move(old, new, did.after, did.otherwise, did.accepted, did.log_ratio, log_uniform, z)
+        otherwise = choose(did.accepted, old, did.new)
+        return Move(old, did.new, did.after, otherwise, did.accepted, did.log_ratio, log_uniform, z)
 
     def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
         """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
@@ -130,12 +130,9 @@ class MetropolisHastings(eqx.Module):
         Of a flip the log ratio of a step from low to high, for a `DensityRatio` the ratio; else log q, or a log scale.
         """
         target, proposal = self.kernel.target, self.kernel.proposal
+        old, new = target.at(low), target.at(high)
         if isinstance(target.density, DensityRatio):
-            old, new = target.at(low), target.at(high)
             return target.density.ratio(target.params, high, low) * jnp.exp(proposal.log_ratio(new, old))
-        # Both at once: one call of the density for two positions.
-        points = jax.vmap(target.at)(jnp.stack([low, high]))
-        old, new = (jax.tree.map(lambda leaf, i=i: leaf[i], points) for i in range(2))
         flip = self.kernel.log_ratio(new, old)
         if flips_only:
             return flip
@@ -202,6 +199,11 @@ class MetropolisHastings(eqx.Module):
         distance = jnp.abs(wider.after.x - move.after.x).astype(coefficient.dtype)
         strength = strength_of(rule.strength, coefficient, distance, row)
         return Birth(wider.after, move.old.x, move.new.x, tag, coefficient, strength)
+
+
+def _split(key: PRNGKeyArray) -> Array:
+    """Keys of all that is drawn for a chain and its alternatives: at once, for a split takes as long as a draw."""
+    return jax.random.split(key, 9)
 
 
 def strength_of(strength: Strength, coefficient: Array, distance: Array, row: Array | None) -> Array:
