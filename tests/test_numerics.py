@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lehr.numerics import bernoulli_log_prob, compensated_add, inverse_of_lower, normal, softplus
+from lehr.numerics import bernoulli_log_prob, compensated_add, inverse_of_lower, normal, softplus, uniform_pairs
 
 LOGITS = np.array([-1e30, -1e4, -200.0, -80.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 80.0, 200.0, 1e4, 1e30])
 
@@ -18,6 +18,39 @@ def sigmoid(x):
 def test_normal_draws_the_numbers_of_jax(shape):
     key = jax.random.key(3)
     np.testing.assert_array_equal(normal(key, shape, jnp.float32), jax.random.normal(key, shape, jnp.float32))
+
+
+def test_uniform_pairs_are_uniform_and_independent():
+    """Of a thousand keys: moments, and what each number has to do with the other of its pair, and with the next."""
+    n = 1000
+    pairs = np.asarray(jax.vmap(lambda key: uniform_pairs(key, n, jnp.float32))(jax.random.split(jax.random.key(5), n)))
+    assert pairs.shape == (n, 2, n)
+    assert pairs.min() >= 0
+    assert pairs.max() < 1
+    centred = (pairs.astype(np.float64) - 0.5) * 12**0.5
+    first, second = centred[:, 0], centred[:, 1]
+    products = {
+        "mean": centred,
+        "square": (centred**2 - 1) / 0.8**0.5,
+        "in a pair": first * second,
+        "next": first[:, 1:] * first[:, :-1],
+        "next of the other": first[:, 1:] * second[:, :-1],
+        "next key": first[1:] * first[:-1],
+        "squares in a pair": (first**2 - 1) * (second**2 - 1) / 0.8,
+    }
+    for name, product in products.items():
+        assert abs(product.mean()) * product.size**0.5 < 5, name
+    counts = np.bincount((pairs.ravel() * 256).astype(int), minlength=256)
+    expected = pairs.size / 256
+    assert abs(np.sum((counts - expected) ** 2) / expected - 255) < 5 * (2 * 255) ** 0.5
+
+
+def test_uniform_pairs_of_other_generators_and_precisions(x64):
+    for key, dtype in ((jax.random.key(0, impl="rbg"), jnp.float32), (jax.random.key(0), jnp.float64)):
+        first, second = np.asarray(uniform_pairs(key, 1000, dtype))
+        assert first.dtype == dtype
+        assert abs(first.mean() - 0.5) < 5 / 12_000**0.5
+        assert abs(np.corrcoef(first, second)[0, 1]) < 5 / 1000**0.5
 
 
 def test_softplus_and_two_derivatives():

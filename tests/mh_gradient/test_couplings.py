@@ -67,7 +67,7 @@ class Draws(NamedTuple):
 def _steps(sampler, x, y, key):
     start_x, start_y = sampler.start(x), sampler.start(y)
     coupling, proposal = sampler.coupling, sampler.kernel.proposal
-    key_x, key_coupling, key_alone = jax.random.split(key, 3)
+    key_x, key_coupling, key_uniform, key_alone = jax.random.split(key, 4)
     k = jnp.asarray(0)
 
     def step(inputs):
@@ -83,7 +83,7 @@ def _steps(sampler, x, y, key):
     return jax.vmap(step)(
         (
             sampler.noise(key_x, NUM, x),
-            coupling.noise(proposal, key_coupling, NUM, x),
+            coupling.noise(proposal, key_coupling, jax.random.uniform(key_uniform, (NUM,)), x),
             sampler.noise(key_alone, NUM, x),
         )
     )

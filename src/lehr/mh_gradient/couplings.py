@@ -58,9 +58,9 @@ class AbstractCoupling(eqx.Module):
     def check(self, proposal: AbstractProposal) -> None:
         """Raises `InputError` for a proposal that it does not fit."""
 
-    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Any:
-        """Its own, of all steps, with a leading axis."""
-        del proposal, key, num_steps, x
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, uniform: Float[Array, " n"], x: Array) -> Any:
+        """Its own, of n steps, with a leading axis; a uniform number for each has been drawn, and is its to use."""
+        del proposal, key, uniform, x
 
     @abc.abstractmethod
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
@@ -101,8 +101,8 @@ class Independent(AbstractCoupling):
 
     faithful: ClassVar[bool] = False
 
-    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Any:
-        return proposal.noise(key, num_steps, x)
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, uniform: Float[Array, " n"], x: Array) -> Any:
+        return proposal.noise(key, len(uniform), x)
 
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         return Proposed(kernel.proposal.propose(other, noise))
@@ -124,9 +124,9 @@ class MaximalReflection(AbstractCoupling):
     def check(self, proposal: AbstractProposal) -> None:
         _check_gaussian(self, proposal)
 
-    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
-        del proposal
-        return -jax.random.exponential(key, (num_steps,), x.dtype)
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, uniform: Float[Array, " n"], x: Array) -> Array:
+        del proposal, key, x
+        return jnp.log1p(-uniform)
 
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         proposal = kernel.proposal
@@ -176,9 +176,10 @@ class GCRefl(AbstractCoupling):
         if not isinstance(proposal, RandomWalk):
             raise InputError(f"GCRefl is for RandomWalk, not for {type(proposal).__name__}: use MaximalReflection")
 
-    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> tuple[Array, Array]:
-        key_same, key_along = jax.random.split(key)
-        return MaximalReflection().noise(proposal, key_same, num_steps, x), normal(key_along, (num_steps,), x.dtype)
+    def noise(
+        self, proposal: AbstractProposal, key: PRNGKeyArray, uniform: Float[Array, " n"], x: Array
+    ) -> tuple[Array, Array]:
+        return MaximalReflection().noise(proposal, key, uniform, x), normal(key, uniform.shape, x.dtype)
 
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         proposal = kernel.proposal
@@ -271,9 +272,9 @@ class FullKernelMaximal(AbstractCoupling):
                 f"FullKernelMaximal is for proposals on a continuous space, not for {type(proposal).__name__}"
             )
 
-    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
+    def noise(self, proposal: AbstractProposal, key: PRNGKeyArray, uniform: Float[Array, " n"], x: Array) -> Array:
         del proposal, x
-        return jax.random.split(key, num_steps)
+        return jax.random.split(key, len(uniform))
 
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         raise NotImplementedError  # it couples what follows acceptance

@@ -23,7 +23,7 @@ _FEW, _AT_ONCE = 100, 2**16
 def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
     total = jax.tree.map(jnp.zeros_like, params)
-    if _numbers(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
+    if numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
         return _over_all(of, params, total, rows, weights)
     num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
     size = max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1)))
@@ -54,7 +54,7 @@ def _over_all(of: Callable[[Any, Any], Array], params: Any, total: Any, rows: An
     return scan_groups(add, total, *in_chunks((rows, weights), _AT_ONCE))[0]
 
 
-def _numbers(of: Callable[..., Any], *arguments: Any) -> int | float:
+def numbers_in(of: Callable[..., Any], *arguments: Any) -> int | float:
     """How many numbers of(*arguments) reads and writes, in its largest arrays; infinity, if it has loops."""
 
     def in_jaxpr(jaxpr: Any) -> int | float:

@@ -15,7 +15,7 @@ from lehr.mh_gradient.couplings import Followed
 from lehr.mh_gradient.proposals import check_spins
 from lehr.mh_gradient.sampler import Extra, Gradient, Rule
 from lehr.mh_gradient.target import DensityRatio, Point, Target
-from lehr.numerics import is_concrete
+from lehr.numerics import is_concrete, uniform_pairs
 
 
 class HeatBath(eqx.Module):
@@ -144,14 +144,15 @@ class HeatBathSampler(eqx.Module):
 
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
         """Of the chain itself: a uniform number for each spin."""
-        return jax.random.uniform(_split(key)[0], (num_steps * x.shape[0],), x.dtype).reshape(num_steps, *x.shape)
+        return jax.random.uniform(jax.random.split(key)[0], (num_steps * x.shape[0],), x.dtype).reshape(
+            num_steps, *x.shape
+        )
 
     def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
         """Of its alternatives, from the same key: whether one is kept, and at which site."""
         del rule
-        _, key_coin, key_site = _split(key)
-        shape = (num_steps,)
-        return Extra(jax.random.uniform(key_coin, shape, x.dtype), jax.random.uniform(key_site, shape, x.dtype))
+        _, key_coin = jax.random.split(key)
+        return Extra(*uniform_pairs(key_coin, num_steps, x.dtype))
 
     def move(self, k: Array, point: Point, noise: Array) -> Sweep:
         """A step."""
@@ -204,8 +205,3 @@ class HeatBathSampler(eqx.Module):
         odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
         probability = jax.nn.sigmoid(odds)
         return jnp.where(colour, jnp.where(uniform < probability, 1, -1).astype(point.x.dtype), point.x), probability
-
-
-def _split(key: PRNGKeyArray) -> Array:
-    """Keys of all that is drawn for a chain and its alternatives."""
-    return jax.random.split(key, 3)

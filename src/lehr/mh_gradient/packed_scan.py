@@ -1,4 +1,4 @@
-"""A loop over the steps of chains that writes all numbers of a step as one row.
+"""A loop over the steps of chains that writes the few numbers of a step as one row.
 
 On a CPU the body of a loop is a list of kernels, and every array that it writes is one of them. A list of up to eight
 runs without a scheduler, that costs each kernel more than to compute a few chains.
@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+#: numbers a chain, up to which an output is written in the row: a wide one takes longer there than alone
+_NARROW = 4
+
 
 def scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, steps: Array, inputs: Any) -> Any:
     """`lax.scan` of `step(carry, k, input)`, a function of one chain, for all chains at once.
@@ -18,26 +21,25 @@ def scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, 
     The carry has a leading axis of chains, inputs and outputs `(num_steps, num_chains, ...)`.
     """
     of_chains = jax.vmap(step, in_axes=(0, None, 0))
-    row = jax.tree.map(lambda leaf: leaf[0], (steps, inputs))
-    leaves, tree = jax.tree.flatten(jax.eval_shape(of_chains, carry, *row)[1])
+    first = jax.tree.map(lambda leaf: leaf[0], (steps, inputs))
+    like, tree = jax.tree.flatten(jax.eval_shape(of_chains, carry, *first)[1])
     dtype = jnp.result_type(float)
-    is_packed = [leaf.dtype in (dtype, bool) for leaf in leaves]
+    in_row = [leaf.dtype in (dtype, bool) and leaf.size <= _NARROW * leaf.shape[0] for leaf in like]
 
-    def packed(carry: Any, of_step: Any) -> tuple[Any, Any]:
+    def write(carry: Any, of_step: Any) -> tuple[Any, Any]:
         carry, out = of_chains(carry, *of_step)
         out = jax.tree.leaves(out)
-        rows = [leaf.reshape(len(leaf), -1).astype(dtype) for leaf, packs in zip(out, is_packed) if packs]
-        others = [leaf for leaf, packs in zip(out, is_packed) if not packs]
-        return carry, (jnp.concatenate(rows, axis=1) if rows else None, others)
+        row = [leaf.reshape(len(leaf), -1).astype(dtype) for leaf, narrow in zip(out, in_row) if narrow]
+        alone = [leaf for leaf, narrow in zip(out, in_row) if not narrow]
+        return carry, (jnp.concatenate(row, axis=1) if row else None, alone)
 
-    carry, (rows, others) = jax.lax.scan(packed, carry, (steps, inputs))
-    found, at, others = [], 0, iter(others)
-    for leaf, packs in zip(leaves, is_packed):
-        if packs:
-            width = leaf.size // leaf.shape[0]
-            part = rows[..., at : at + width].reshape(len(steps), *leaf.shape)
-            found.append(part.astype(leaf.dtype))
-            at += width
-        else:
-            found.append(next(others))
+    carry, (rows, alone) = jax.lax.scan(write, carry, (steps, inputs))
+    found, at, alone = [], 0, iter(alone)
+    for leaf, narrow in zip(like, in_row):
+        if not narrow:
+            found.append(next(alone))
+            continue
+        width = leaf.size // leaf.shape[0]
+        found.append(rows[..., at : at + width].reshape(len(steps), *leaf.shape).astype(leaf.dtype))
+        at += width
     return carry, jax.tree.unflatten(tree, found)

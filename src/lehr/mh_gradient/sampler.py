@@ -13,6 +13,7 @@ from lehr.mh_gradient.couplings import AbstractCoupling, Followed
 from lehr.mh_gradient.kernel import Kernel, Move, choose
 from lehr.mh_gradient.proposals import AbstractGaussian
 from lehr.mh_gradient.target import DensityRatio, Point
+from lehr.numerics import uniform_pairs
 
 #: how parameters of the proposal are differentiated
 ProposalGradient = Literal["pathwise", "score", "weak"]
@@ -82,10 +83,11 @@ class MetropolisHastings(eqx.Module):
         several, weak = rule.proposal_gradient in ("score", "weak"), rule.proposal_gradient == "weak"
         fresh = rule.proposal_gradient == "score"
         shape = (num_steps,)
+        coin, uniform = uniform_pairs(key_coin, num_steps, dtype)
         return Extra(
-            coin=jax.random.uniform(key_coin, shape, dtype),
+            coin=coin,
             choice=jax.random.uniform(key_choice, shape, dtype) if several else None,
-            coupling=self.coupling.noise(proposal, key_coupling, num_steps, x),
+            coupling=self.coupling.noise(proposal, key_coupling, uniform, x),
             fresh=proposal.noise(key_fresh, num_steps, x) if fresh else None,
             log_uniform=-jax.random.exponential(key_log, shape, dtype) if fresh else None,
             site=jax.random.randint(key_site, shape, 0, x.shape[0]) if weak else None,

@@ -185,9 +185,9 @@ def _paths(coupling: AbstractCoupling, keys: Array) -> tuple[np.ndarray, np.ndar
     start = sampler.start(jnp.zeros(1))
 
     def path(key: PRNGKeyArray) -> tuple[Array, Array]:
-        key_chain, key_coupling = jax.random.split(key)
-        of_chain = sampler.noise(key_chain, _DRAWN, start.x)
-        of_other = coupling.noise(walk, key_coupling, _DRAWN, start.x)
+        key_chain, key_coupling, key_uniform = jax.random.split(key, 3)
+        of_chain, uniform = sampler.noise(key_chain, _DRAWN, start.x), jax.random.uniform(key_uniform, (_DRAWN,))
+        of_other = coupling.noise(walk, key_coupling, uniform, start.x)
 
         def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
             (point, other, born), (k, z, u) = carry, inputs

@@ -1,0 +1,77 @@
+"""The engine's loop, and its sum over decisions, against the plain way to write them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lehr.mh_gradient import gradient
+from lehr.mh_gradient.packed_scan import scan_chains
+
+
+def step(x, k, z):
+    """Outputs of all kinds: one number and a few, many, flags, whole numbers, half precision, nothing."""
+    x = jnp.where(z[0] > 0, x + z, -x)
+    wide = jnp.arange(12.0).reshape(3, 4) * x[0]
+    return x, (x, {"sum": jnp.sum(x), "up": z[0] > 0, "k": k, "ups": z > 0}, wide, x.astype(jnp.float16), None)
+
+
+def by_hand(x, steps, z):
+    of_chains = jax.vmap(step, in_axes=(0, None, 0))
+    return jax.lax.scan(lambda x, of_step: of_chains(x, *of_step), x, (steps, z))
+
+
+def test_a_row_holds_what_the_arrays_did():
+    z = jax.random.normal(jax.random.key(0), (7, 5, 2))
+    arguments = jnp.zeros((5, 2)), jnp.arange(7), z
+    found, expected = scan_chains(step, *arguments), by_hand(*arguments)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_is_as_precise_as_the_numbers(x64):
+    z = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    _, (x, *_) = scan_chains(step, jnp.zeros((4, 2)), jnp.arange(3), z)
+    assert x.dtype == jnp.float64
+    np.testing.assert_array_equal(x, by_hand(jnp.zeros((4, 2)), jnp.arange(3), z)[1][0])
+
+
+def test_a_loop_without_outputs():
+    x, out = scan_chains(lambda x, k, z: (x + k, None), jnp.zeros(4), jnp.arange(3), jnp.zeros((3, 4)))
+    assert out is None
+    np.testing.assert_array_equal(x, 3)
+
+
+def cheap(params, row):
+    return jnp.sum(params["a"] * jnp.sqrt(row)) + params["b"]
+
+
+def dear(params, row):
+    """The same, with a loop."""
+    return jax.lax.fori_loop(0, 1, lambda _, __: cheap(params, row), jnp.zeros(()))
+
+
+@pytest.mark.parametrize("of", [cheap, dear])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 1.0])
+def test_the_sum_over_decisions(of, share, monkeypatch):
+    """Over rows in several chunks and some that are left; those without a weight have no finite gradient."""
+    monkeypatch.setattr(gradient, "_AT_ONCE", 400)
+    generator = np.random.default_rng(0)
+    used = generator.random(1013) < share
+    rows, weights = generator.random((1013, 2)) + 1, np.where(used, generator.normal(size=1013), 0)
+    params = {"a": jnp.asarray([0.3, 0.7]), "b": jnp.asarray(2.0)}
+    filled = jnp.asarray(np.where(used[:, None], rows, -1.0), jnp.float32)
+    found = gradient.weighted_gradient(of, params, filled, jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(found["a"], weights @ np.sqrt(rows), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["b"], weights.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_cheap():
+    params, row = {"a": jnp.zeros(2), "b": jnp.zeros(())}, jnp.ones(2)
+    assert gradient.numbers_in(cheap, params, row) <= 12
+    assert gradient.numbers_in(jax.jit(cheap), params, row) <= 12
+    assert gradient.numbers_in(dear, params, row) == float("inf")
+    design = jnp.ones((500, 2))
+    assert gradient.numbers_in(lambda params, row: jnp.sum(design @ row) * params["b"], params, row) >= 1000
