@@ -73,6 +73,17 @@ class Trace(NamedTuple):
     lives: Any
 
 
+class Sums(NamedTuple):
+    """Of each chain: where it is, the sum of f after burn-in, and the number of accepted proposals.
+
+    That is NaN from where a log ratio was no number.
+    """
+
+    point: Point
+    total: Any
+    num_accepted: Any
+
+
 class Run(NamedTuple):
     """Of each chain: the mean of f after burn-in, the share of accepted proposals; with alternatives their trace."""
 
@@ -115,11 +126,12 @@ def run_chains(
     gradient: Gradient | None = None,
     record: Record = Record(),  # noqa: B008 (it cannot change)
 ) -> Run:
-    """Chains from positions x0 `(num_chains, dim)`, with alternatives if there is a rule; without, to the same numbers.
+    """Chains from positions x0 `(num_chains, dim)`, with alternatives if there is a rule.
 
+    Without, to the same numbers, but for the rounding of sums.
     `f(x, x_new)` gives a row; plain functions ignore x.
     """
-    start = jax.vmap(sampler.start)(x0)
+    start, engine = jax.vmap(sampler.start)(x0), _Engine(sampler, f, plan, rule, gradient, record)
 
     def group(carry, inputs):
         (sums, slots), (keys, steps) = carry, inputs
@@ -130,10 +142,9 @@ def run_chains(
 
         noise, extra = jax.vmap(draw, out_axes=1)(keys)
         if rule is None:
-            return (_sums_along(sampler, f, plan, sums, steps, noise), slots), None
-        sums, moves, values = _record(sampler, f, plan, sums, steps, noise)
-        births = _births(sampler, rule, gradient, moves, extra)
-        slots, trace = _alternatives(sampler, f, plan, rule, record, slots, steps, (moves, extra), births, values)
+            return (engine.chains(sums, steps, noise), slots), None
+        sums, moves, values = engine.recorded_chains(sums, steps, noise)
+        slots, trace = engine.alternatives(slots, steps, moves, extra, engine.births(moves, extra), values)
         return (sums, slots), trace
 
     width = jax.eval_shape(f, x0[0], x0[0])
@@ -160,42 +171,99 @@ def steps_at_once(x0: Array) -> int:
     return max(GROUP, _NUMBERS // x0.size)
 
 
-class Sums(NamedTuple):
-    """Of each chain: where it is, the sum of f after burn-in, and the number of accepted proposals.
+class _Engine(NamedTuple):
+    """What is the same in every group of steps; its stages."""
 
-    That is NaN from where a log ratio was no number.
-    """
+    sampler: Any
+    f: Averaged
+    plan: Plan
+    rule: Any
+    gradient: Any
+    record: Record
 
-    point: Point
-    total: Any
-    num_accepted: Any
+    def chains(self, sums: Sums, steps: Array, noise: Any) -> Sums:
+        """Chains alone."""
 
+        def step(sums: Sums, k: Array, of_chain: Any) -> tuple[Sums, None]:
+            move = self.sampler.move(k, sums.point, of_chain)
+            value = jnp.where(k >= self.plan.burn_in, self.f(sums.point.x, move.after.x), 0)
+            return Sums(move.after, sums.total + value, sums.num_accepted + _accepted(move)), None
 
-def _sums_along(sampler: Any, f: Averaged, plan: Plan, sums: Sums, steps: Array, noise: Any) -> Sums:
-    """Chains alone."""
+        return scan_chains(step, sums, steps, noise)[0]
 
-    def step(sums: Sums, k: Array, of_chain: Any) -> tuple[Sums, None]:
-        move = sampler.move(k, sums.point, of_chain)
-        value = jnp.where(k >= plan.burn_in, f(sums.point.x, move.after.x), 0)
-        return Sums(move.after, sums.total + value, sums.num_accepted + _accepted(move)), None
+    def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
+        """The same, with each of their moves and values of f, `(num_steps, num_chains, ...)`."""
 
-    return scan_chains(step, sums, steps, noise)[0]
+        def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
+            move = self.sampler.move(k, point, of_chain)
+            return move.after, (self.sampler.record(move), self.f(point.x, move.after.x))
 
+        last, (did, values) = scan_chains(step, sums.point, steps, noise)
+        before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
+        moves = jax.vmap(jax.vmap(self.sampler.recall, in_axes=(None, 0, 0, 0)))(steps, before, did, noise)
+        counted = jnp.where((steps >= self.plan.burn_in)[:, None, None], values, 0)
+        num_accepted = jnp.sum(jax.vmap(jax.vmap(_accepted))(moves), axis=0)
+        return Sums(last, sums.total + jnp.sum(counted, axis=0), sums.num_accepted + num_accepted), moves, values
 
-def _record(sampler: Any, f: Averaged, plan: Plan, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
-    """Chains, with each of their moves and values of f, `(num_steps, num_chains, ...)`."""
+    def births(self, moves: Any, extra: Any) -> Birth:
+        """What could be born of each move."""
+        of_step = jax.vmap(lambda move, extra: self.sampler.birth(move, extra, self.rule, self.gradient))
+        if self.gradient is None and self.rule.proposal_gradient is None:
+            return jax.vmap(of_step)(moves, extra)
+        # Not at once where a birth needs a log density or its gradient, which may take much memory.
+        return jax.lax.map(lambda row: of_step(*row), (moves, extra))
 
-    def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
-        move = sampler.move(k, point, of_chain)
-        return move.after, (sampler.record(move), f(point.x, move.after.x))
+    def alternatives(
+        self, slots: Alternatives, steps: Array, moves: Any, extra: Any, births: Birth, values: Array
+    ) -> tuple[Alternatives, Trace]:
+        """The alternatives after these steps, and what they add."""
+        plan, record = self.plan, self.record
+        each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
-    last, (did, values) = scan_chains(step, sums.point, steps, noise)
-    before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
-    moves = jax.vmap(jax.vmap(sampler.recall, in_axes=(None, 0, 0, 0)))(steps, before, did, noise)
-    counted = jnp.where((steps >= plan.burn_in)[:, None, None], values, 0)
-    total = sums.total + jnp.sum(counted, axis=0)
-    num_accepted = jnp.sum(jax.vmap(jax.vmap(_accepted))(moves), axis=0)
-    return Sums(last, total, sums.num_accepted + num_accepted), moves, values
+        def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
+            (move, extra), newborn, newborn_strength, value = inputs
+            points, met = each(lambda point: self.sampler.follow(move, point, extra))(slots.point)
+            lives = ~met
+            if plan.consecutive:
+                # Of two positions f sees for one more step that they were apart; until then, together.
+                points = each(lambda is_apart, there: choose(is_apart, there, move.after))(slots.apart, points)
+                lives = slots.apart
+            strength = jnp.where(lives, slots.strength, 0)
+            # A free slot, if there is one, else that of the weakest: there the newborn is kept by its share.
+            total = jnp.min(strength) + newborn_strength
+            here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
+            taken = here & (extra.coin * total < newborn_strength)
+            is_met = (slots.strength > 0) & ~lives if record.lives else None
+            slots = Alternatives(
+                point=each(lambda is_new, y: choose(is_new, newborn, y))(taken, points),
+                previous=each(lambda is_new, y: jnp.where(is_new, move.old.x, y))(taken, slots.point.x)
+                if plan.consecutive
+                else None,
+                apart=(slots.apart & ~met) | taken if plan.consecutive else None,
+                strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
+            )
+            before = slots.previous if plan.consecutive else slots.point.x
+            others = each(self.f)(before, slots.point.x)
+            # M is 0 where none lives, but f may not be finite there.
+            counts = (slots.strength > 0) & (k >= plan.burn_in)
+            contribution = jnp.where(counts[..., None], slots.strength[..., None] * (others - value), 0)
+            lives = Lives(slots.strength, is_met) if record.lives else None
+            return slots, (contribution, taken, lives)
+
+        inputs = ((moves, extra), births.point, births.strength, values)
+        slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs)
+        is_some = births.strength > 0
+        return slots, Trace(
+            low=births.low,
+            high=births.high,
+            tag=None if self.rule.proposal_gradient is None else births.tag,
+            coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
+            taken=taken,
+            contribution=contribution,
+            accepted=moves.accepted if record.accepted else None,
+            after=moves.after.x if record.after else None,
+            lives=lives,
+        )
 
 
 def _accepted(move: Any) -> Array:
@@ -213,80 +281,6 @@ def _none(start: Point, plan: Plan) -> Alternatives:
     shape = (len(start.x), *slots)
     previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
     return Alternatives(points, previous, apart, jnp.zeros(shape))
-
-
-def _births(sampler: Any, rule: Rule, gradient: Gradient | None, moves: Any, extra: Any) -> Birth:
-    """Of each step of each chain."""
-    of_step = jax.vmap(lambda move, extra: sampler.birth(move, extra, rule, gradient))
-    if gradient is None and rule.proposal_gradient is None:
-        return jax.vmap(of_step)(moves, extra)
-    # Not at once where a birth needs a log density or its gradient, which may take much memory.
-    return jax.lax.map(lambda row: of_step(*row), (moves, extra))
-
-
-def _alternatives(
-    sampler: Any,
-    f: Averaged,
-    plan: Plan,
-    rule: Rule,
-    record: Record,
-    slots: Alternatives,
-    steps: Array,
-    of_chains: Any,
-    births: Birth,
-    values: Array,
-) -> tuple[Alternatives, Trace]:
-    """The alternatives after these steps, and what they add."""
-    each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
-
-    def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
-        (move, extra), newborn, newborn_strength, value = inputs
-        points, met = each(lambda point: sampler.follow(move, point, extra))(slots.point)
-        lives = ~met
-        if plan.consecutive:
-            # Of two positions f sees for one more step that they were apart; until then, together.
-            points = each(lambda is_apart, there: choose(is_apart, there, move.after))(slots.apart, points)
-            lives = slots.apart
-        strength = jnp.where(lives, slots.strength, 0)
-        # A free slot, if there is one, else that of the weakest: there the newborn is kept in proportion to strength.
-        total = jnp.min(strength) + newborn_strength
-        here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
-        taken = here & (extra.coin * total < newborn_strength)
-        is_met = (slots.strength > 0) & ~lives if record.lives else None
-        slots = Alternatives(
-            point=each(lambda is_new, y: choose(is_new, newborn, y))(taken, points),
-            previous=each(lambda is_new, y: jnp.where(is_new, move.old.x, y))(taken, slots.point.x)
-            if plan.consecutive
-            else None,
-            apart=(slots.apart & ~met) | taken if plan.consecutive else None,
-            strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
-        )
-        before = slots.previous if plan.consecutive else slots.point.x
-        others = each(f)(before, slots.point.x)
-        # M is 0 where none lives, but f may not be finite there.
-        counts = (slots.strength > 0) & (k >= plan.burn_in)
-        contribution = jnp.where(counts[..., None], slots.strength[..., None] * (others - value), 0)
-        return slots, (
-            contribution,
-            taken,
-            Lives(slots.strength, is_met) if record.lives else None,
-        )
-
-    inputs = (of_chains, births.point, births.strength, values)
-    slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs)
-    is_some = births.strength > 0
-    moves = of_chains[0]
-    return slots, Trace(
-        low=births.low,
-        high=births.high,
-        tag=None if rule.proposal_gradient is None else births.tag,
-        coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
-        taken=taken,
-        contribution=contribution,
-        accepted=moves.accepted if record.accepted else None,
-        after=moves.after.x if record.after else None,
-        lives=lives,
-    )
 
 
 def _ages(taken: Array, lives: Array) -> Array:
