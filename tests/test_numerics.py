@@ -25,6 +25,8 @@ def test_uniform_pairs_are_uniform_and_independent():
     n = 1000
     pairs = np.asarray(jax.vmap(lambda key: uniform_pairs(key, n, jnp.float32))(jax.random.split(jax.random.key(5), n)))
     assert pairs.shape == (n, 2, n)
+    # Else they took the time of two draws.
+    assert np.any(pairs[0] != np.asarray(jax.random.uniform(jax.random.split(jax.random.key(5), n)[0], (2, n))))
     assert pairs.min() >= 0
     assert pairs.max() < 1
     centred = (pairs.astype(np.float64) - 0.5) * 12**0.5

@@ -61,15 +61,33 @@ def test_the_sum_over_decisions(of, share, monkeypatch):
     generator = np.random.default_rng(0)
     used = generator.random(1013) < share
     rows, weights = generator.random((1013, 2)) + 1, np.where(used, generator.normal(size=1013), 0)
-    params = {"a": jnp.asarray([0.3, 0.7]), "b": jnp.asarray(2.0)}
+    params = {"a": jnp.asarray([0.3, 0.7]), "b": jnp.asarray(2.0), "unused": jnp.ones((3, 2), jnp.float16)}
     filled = jnp.asarray(np.where(used[:, None], rows, -1.0), jnp.float32)
     found = gradient.weighted_gradient(of, params, filled, jnp.asarray(weights, jnp.float32))
     np.testing.assert_allclose(found["a"], weights @ np.sqrt(rows), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["b"], weights.sum(), rtol=1e-4, atol=1e-5)
+    assert found["unused"].dtype == jnp.float16
+    np.testing.assert_array_equal(found["unused"], np.zeros((3, 2)))
+
+
+def test_many_parameters_that_are_not_used_take_no_memory():
+    """A gradient in them for each of a thousand rows would be 40 MB."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(()), "unused": jnp.zeros(10_000)}
+    of = jax.jit(lambda *arguments: gradient.weighted_gradient(cheap, *arguments))
+    memory = of.lower(params, jnp.ones((1000, 2)), jnp.ones(1000)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2e6
 
 
 def test_what_is_cheap():
+    """Benchmarks' normal is; loops, effects, and what cannot be looked into are not."""
     params, row = {"a": jnp.zeros(2), "b": jnp.zeros(())}, jnp.ones(2)
+    like = jax.ShapeDtypeStruct((), jnp.float32)
+    assert 0 < gradient.numbers_in(lambda theta, x: -jnp.sum((x - theta) ** 2) / 2, jnp.zeros(()), row) <= 20
+    for unknown in (
+        lambda params, row: jax.pure_callback(lambda b: b, like, params["b"]),
+        lambda params, row: jax.debug.callback(lambda: None) or params["b"],
+    ):
+        assert gradient.numbers_in(unknown, params, row) == float("inf")
     assert gradient.numbers_in(cheap, params, row) <= 12
     assert gradient.numbers_in(jax.jit(cheap), params, row) <= 12
     assert gradient.numbers_in(dear, params, row) == float("inf")

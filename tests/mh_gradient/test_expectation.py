@@ -294,6 +294,34 @@ def test_an_f_in_half_precision():
     assert abs(found - truth) < 0.5 * expected.gradient_error
 
 
+def test_a_long_sum_in_half_precision():
+    """A sum of ones in it would end at 2,048."""
+    options = {"num_steps": 5000, "num_chains": 1, "has_aux": False}
+    ones = gaussian(f=lambda x: jnp.ones((), jnp.float16) + 0 * x[0].astype(jnp.float16), **options)
+    assert ones(0.5, KEY) == 1
+    assert jax.value_and_grad(ones)(0.5, KEY)[0] == 1
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_gradient_is_as_wide_as_its_parameter(has_aux, x64):
+    params = {"narrow": jnp.asarray(0.2, jnp.float32), "half": jnp.asarray(0.1, jnp.float16), "wide": jnp.asarray(0.2)}
+    expectation = lehr.mh_expectation(
+        lambda params, x: log_normal(sum(params.values()), x),
+        first,
+        mh.RandomWalk(2.38),
+        mh.MaximalReflection(),
+        jnp.zeros(1),
+        num_steps=10,
+        num_chains=10,
+        has_aux=has_aux,
+    )
+    found = jax.grad(expectation, has_aux=has_aux)(params, KEY)
+    found = found[0] if has_aux else found
+    assert {name: leaf.dtype for name, leaf in found.items()} == {name: leaf.dtype for name, leaf in params.items()}
+    assert float(found["wide"]) == pytest.approx(float(found["narrow"]), rel=1e-5)
+    assert float(found["wide"]) == pytest.approx(float(found["half"]), rel=1e-2)
+
+
 def test_a_start_narrower_than_other_floats(x64):
     expectation = lehr.mh_expectation(
         log_normal,
@@ -517,6 +545,20 @@ def test_gradient_of_a_gradient_raises(outer, has_aux):
     once = jax.grad(lambda theta: jax.tree.leaves(expectation(theta, KEY))[0])
     with pytest.raises(lehr.InputError, match="cannot be differentiated again"):
         outer(once)(0.5)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_gradient_is_linear_in_what_comes_after(has_aux):
+    """d/db of the gradient of (E - b)^2 is -2 dE."""
+    expectation = gaussian(has_aux=has_aux, num_chains=4)
+
+    def mean(theta):
+        return jax.tree.leaves(expectation(theta, KEY))[0]
+
+    def gradient(b):
+        return jax.grad(lambda theta: (mean(theta) - b) ** 2)(0.5)
+
+    assert jax.jacfwd(gradient)(1.0) == pytest.approx(-2 * float(jax.grad(mean)(0.5)), rel=1e-5)
 
 
 def test_trained_by_fit():

@@ -74,13 +74,11 @@ class Trace(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of each chain: where it is, the sum of f after burn-in, and the number of accepted proposals.
-
-    That is NaN from where a log ratio was no number.
-    """
+    """Of each chain: where it is, the sum of f after burn-in, and the number of accepted proposals."""
 
     point: Point
     total: Any
+    #: NaN, once a log ratio was NaN or infinite
     num_accepted: Any
 
 
@@ -148,7 +146,9 @@ def run_chains(
         return (sums, slots), trace
 
     width = jax.eval_shape(f, x0[0], x0[0])
-    sums = Sums(start, jnp.zeros((len(x0), *width.shape), width.dtype), jnp.zeros(len(x0)))
+    # Sums of many numbers of half precision would end at a few thousand.
+    dtype = jnp.promote_types(width.dtype, jnp.float32)
+    sums = Sums(start, jnp.zeros((len(x0), *width.shape), dtype), jnp.zeros(len(x0)))
     carry = sums, None if rule is None else _none(start, plan)
     largest = steps_at_once(x0)
     of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
@@ -203,7 +203,11 @@ class _Engine(NamedTuple):
         moves = jax.vmap(jax.vmap(self.sampler.recall, in_axes=(None, 0, 0, 0)))(steps, before, did, noise)
         counted = jnp.where((steps >= self.plan.burn_in)[:, None, None], values, 0)
         num_accepted = jnp.sum(jax.vmap(jax.vmap(_accepted))(moves), axis=0)
-        return Sums(last, sums.total + jnp.sum(counted, axis=0), sums.num_accepted + num_accepted), moves, values
+        return (
+            Sums(last, sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype), sums.num_accepted + num_accepted),
+            moves,
+            values,
+        )
 
     def births(self, moves: Any, extra: Any) -> Birth:
         """What could be born of each move."""

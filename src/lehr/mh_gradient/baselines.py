@@ -273,4 +273,4 @@ def _forwards(perturbed: Any, params: Any, chains: Chains, rule: Any, keys: Arra
 @_mean.def_bwd
 def _backwards(path: _Path, ct: Array, perturbed: Any, params: Any, chains: Chains, rule: Any, keys: Array) -> Any:
     del perturbed
-    return not_again(rule(params, chains, keys, path, ct))
+    return rule(not_again(params), chains, keys, not_again(path), ct)

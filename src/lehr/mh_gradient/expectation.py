@@ -42,7 +42,7 @@ class MHExpectation:
         gradients of the flips' log ratios (r of a rejection, -r of an acceptance, the ratio itself of a `DensityRatio`)
         are the gradient, but for that of f in parameters of its own, and of the positions.
 
-        Those that are not 0 carry a birth, and cost a gradient of the log density each.
+        Those that are not 0 carry a birth, and need a gradient of the log density each.
         """
         return _weights(self._estimator, as_arrays(params), key)
 
@@ -74,8 +74,8 @@ def mh_expectation(
         d E = E sum_i sum_k w_k [f(Y_i^k) - f(X_i)] + d_params f(X_i),    w_k = (1 - 2 A_k) 1{r_k < 0} alpha_k grad r_k,
 
     Y^k the chain that decided otherwise at step k, coupled to X, so that it meets it soon. Of all alternatives a few
-    are kept, by coins that leave the mean as it is. The scan takes no derivative; one pass over the decisions whose
-    alternative was kept gives the gradient, in any number of parameters.
+    are kept, by coins that leave the mean as it is. The scan takes no derivative; one pass over the decisions that
+    count, those whose alternative was kept, gives the gradient, in any number of parameters.
 
     The result is for `jax.grad`, `jax.value_and_grad`, `jax.jacrev`, `lehr.fit`, and inside `jax.jit` and `jax.vmap`. A
     function g of several expectations is that of a pytree f: `lambda params, key: g(*expectation(params, key))`, whose
@@ -102,8 +102,8 @@ def mh_expectation(
         has_aux: returns `(value, Diagnostics)`; that takes a backward pass for each chain and entry of f.
 
     **Gradient**: unbiased in params, for the finite chain, by reverse mode. Not of `x0` or arrays inside `log_density`:
-    make them leaves of params. Second derivatives raise. Where alternatives do not meet their chain it is noisier than
-    its error over a few chains says: a RuntimeWarning tells.
+    make them leaves of params. Second derivatives in params raise. Where alternatives do not meet their chain it is
+    noisier than its error over a few chains says: a RuntimeWarning tells.
 
     Raises `lehr.errors.InputError` for a coupling that does not fit the proposal, numbers out of range, and, when
     called, parameters or f that are not floats, and an x0 that the proposal cannot move. While it runs it raises a
@@ -258,5 +258,5 @@ def _backwards(residuals: Any, ct: Any, perturbed: Any, params: Any, estimator: 
     del perturbed
     ct_row = ct[0]
     if estimator.has_aux:
-        return not_again(jax.tree.map(lambda leaf: jnp.tensordot(ct_row, leaf, 1), residuals))
-    return not_again(gradient_of(params, estimator, keys, residuals, ct_row))
+        return jax.tree.map(lambda leaf: jnp.tensordot(ct_row, leaf, 1).astype(leaf.dtype), not_again(residuals))
+    return gradient_of(not_again(params), estimator, keys, not_again(residuals), ct_row)

@@ -1,4 +1,7 @@
-"""From births to gradients: one pass over the decisions whose alternative was kept, for any number of parameters."""
+"""From births to gradients: one pass over the decisions that count, in any number of parameters.
+
+(Over all decisions, if the log density is so cheap that to find those that count would take longer.)
+"""
 
 import math
 from collections.abc import Callable
@@ -22,10 +25,10 @@ _FEW, _AT_ONCE = 100, 2**16
 
 def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
-    total = jax.tree.map(jnp.zeros_like, params)
-    if numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
-        return _over_all(of, params, total, rows, weights)
     num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
+    # A parameter that is not used has a gradient too: one for each row, if all are taken.
+    if num_params + numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
+        return _over_all(of, params, rows, weights)
     size = max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1)))
 
     def add(total: Any, rows: Any, weight: Array) -> Any:
@@ -34,10 +37,10 @@ def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, w
 
         return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
 
-    return _over_used(add, total, rows, weights, size)
+    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, size)
 
 
-def _over_all(of: Callable[[Any, Any], Array], params: Any, total: Any, rows: Any, weights: Array) -> Any:
+def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:
     """`weighted_gradient` with a gradient of every row."""
 
     def add(total: Any, some: Any) -> tuple[Any, None]:
@@ -51,20 +54,26 @@ def _over_all(of: Callable[[Any, Any], Array], params: Any, total: Any, rows: An
 
         return jax.tree.map(weighted, total, each), None
 
-    return scan_groups(add, total, *in_chunks((rows, weights), _AT_ONCE))[0]
+    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(leaf, weights)), params)
+    total, _ = scan_groups(add, total, *in_chunks((rows, weights), _AT_ONCE))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
 
 
 def numbers_in(of: Callable[..., Any], *arguments: Any) -> int | float:
-    """How many numbers of(*arguments) reads and writes, in its largest arrays; infinity, if it has loops."""
+    """How many numbers of(*arguments) reads and writes, in its largest arrays.
+
+    Infinity, if it has loops or effects, or calls what cannot be looked into.
+    """
 
     def in_jaxpr(jaxpr: Any) -> int | float:
         return sum(map(of_equation, jaxpr.eqns))
 
     def of_equation(equation: Any) -> int | float:
-        if equation.primitive.name in ("while", "scan"):
+        name = equation.primitive.name
+        if name in ("while", "scan") or equation.effects or "callback" in name or "ffi" in name:
             return math.inf
         inner = [in_jaxpr(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
-        return max(inner) if inner else max(v.aval.size for v in (*equation.invars, *equation.outvars))
+        return max(inner) if inner else max(getattr(v.aval, "size", 0) for v in (*equation.invars, *equation.outvars))
 
     return in_jaxpr(jax.make_jaxpr(of)(*arguments).jaxpr)
 
@@ -103,17 +112,25 @@ def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, wei
     return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
 
 
+def not_again(tree: Any) -> Any:
+    """The same parameters, or what is known of the chains: a derivative in them of what is made of these raises.
+
+    (How the chains depend on the parameters is not differentiated: a second derivative would miss it.)
+    """
+    floats, others = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(_constant(floats), others)
+
+
 @jax.custom_jvp
-def not_again(gradient: Any) -> Any:
-    """The same gradient, of which a derivative raises: how weights depend on the parameters is not differentiated."""
-    return gradient
+def _constant(floats: Any) -> Any:
+    return floats
 
 
-@not_again.defjvp
+@_constant.defjvp
 def _again(primals: Any, tangents: Any) -> Any:
     raise InputError(
-        "the gradient of an expectation over chains cannot be differentiated again: take differences of gradients with "
-        "the same key"
+        "the gradient of an expectation over chains cannot be differentiated again in its parameters: take differences "
+        "of gradients with the same key"
     )
 
 
