@@ -24,7 +24,10 @@ def uniform_pairs(key: PRNGKeyArray, num: int, dtype: DTypeLike) -> Float[Array,
     """Uniform numbers in [0, 1), two at a time.
 
     Threefry makes two words at once. For one number `jax.random.uniform` takes both (so that numbers do not depend on
-    how many are drawn); here each is a number, for half the time.
+    how many are drawn); here each is a number, for half the time. Other generators, and other precisions, are those of
+    `jax.random.uniform`.
+
+    Source: Salmon, Moraes, Dror, Shaw 2011 (Threefry).
     """
     if dtype != jnp.float32 or jax.random.key_impl(key) != "threefry2x32":
         return jax.random.uniform(key, (2, num), dtype)

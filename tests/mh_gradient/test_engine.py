@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lehr
+from lehr import mh_gradient as mh
 from lehr.mh_gradient import gradient
 from lehr.mh_gradient.packed_scan import scan_chains
 
@@ -93,3 +95,20 @@ def test_what_is_cheap():
     assert gradient.numbers_in(dear, params, row) == float("inf")
     design = jnp.ones((500, 2))
     assert gradient.numbers_in(lambda params, row: jnp.sum(design @ row) * params["b"], params, row) >= 1000
+
+
+@pytest.mark.parametrize(("loops", "searches"), [(0, False), (1, True)])
+def test_only_dear_densities_are_searched_for_decisions_that_count(loops, searches, monkeypatch):
+    searched = []
+    over_used = gradient._over_used
+    monkeypatch.setattr(gradient, "_over_used", lambda *arguments: searched.append(True) or over_used(*arguments))
+
+    def log_density(theta, x):
+        value = -jnp.sum((x - theta) ** 2) / 2
+        return jax.lax.fori_loop(0, loops, lambda _, v: v, value) if loops else value
+
+    expectation = lehr.mh_expectation(
+        log_density, lambda x: x[0], mh.RandomWalk(2.38), mh.MaximalReflection(), jnp.zeros(1), num_steps=7
+    )
+    assert jnp.isfinite(jax.grad(expectation)(0.5, jax.random.key(0)))
+    assert bool(searched) == searches

@@ -21,7 +21,7 @@ def scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, 
     The carry has a leading axis of chains, inputs and outputs `(num_steps, num_chains, ...)`.
     """
     of_chains = jax.vmap(step, in_axes=(0, None, 0))
-    first = jax.tree.map(lambda leaf: leaf[0], (steps, inputs))
+    first = jax.eval_shape(lambda of_steps: jax.tree.map(lambda leaf: leaf[0], of_steps), (steps, inputs))
     like, tree = jax.tree.flatten(jax.eval_shape(of_chains, carry, *first)[1])
     dtype = jnp.result_type(float)
     in_row = [leaf.dtype in (dtype, bool) and leaf.size <= _NARROW * leaf.shape[0] for leaf in like]
