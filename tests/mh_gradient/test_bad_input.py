@@ -56,7 +56,6 @@ def unchecked():
 
 def test_nothing_is_wrong_with_what_the_others_change(recwarn):
     value, gradient = jax.value_and_grad(expectation())(0.5, KEY)
-    jax.effects_barrier()
     assert np.isfinite(value)
     assert gradient != 0
     assert not [w for w in recwarn if "alternative" in str(w.message)]
@@ -315,6 +314,28 @@ def test_supports_that_move(name):
     assert np.isfinite(function(params, KEY))
 
 
+# Compiled code drops what nothing depends on: of a gradient alone the value is not computed.
+COMPILED = {
+    "start": ({"log_density": STARTS["-inf"]}, "the log density is not finite at x0", 0.5),
+    "later": (
+        {"log_density": lambda params, x: jnp.where(x[0] > 1, jnp.nan, log_density(params, x))},
+        "NaN or infinite where the chain went",
+        0.5,
+    ),
+    "nothing accepted": ({"proposal": RandomWalk(1e6)}, "no proposal was accepted", 0.5),
+    "support": ({"log_density": scaled, "proposal": RandomWalk(0.6), "num_steps": 60}, MESSAGE, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("transform", [jax.grad, lambda function: jax.vmap(jax.grad(function), (None, 0))])
+def test_compiled_gradients_find_the_same(name, transform):
+    options, message, params = COMPILED[name]
+    keys = KEY if transform is jax.grad else KEY[None]
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(jax.jit(transform(expectation(**options)))(params, keys))
+
+
 @pytest.mark.filterwarnings("ignore:.*the alternative has not met")  # with four chains
 def test_a_ratio_is_for_supports_that_move():
     def ratio(params, x_new, x):
@@ -342,16 +363,18 @@ def test_alternatives_that_do_not_meet():
     function = expectation(coupling=CommonRandomNumbers(), num_steps=200)
     message = "of the chains the alternative has not met the chain for half of its 200 steps.*MaximalReflection"
 
-    def run():
-        jax.block_until_ready(jax.grad(function)(0.5, KEY))
-        jax.effects_barrier()  # it comes from compiled code
-
     with pytest.warns(RuntimeWarning, match=message):
-        run()
+        jax.block_until_ready(jax.grad(function)(0.5, KEY))
+    with pytest.warns(RuntimeWarning, match=message):
+        jax.block_until_ready(jax.jit(jax.vmap(jax.grad(function), (None, 0)))(0.5, jax.random.split(KEY)))
 
 
 @pytest.mark.parametrize("coupling", [MaximalReflection(), FullKernelMaximal()], ids=lambda c: type(c).__name__)
 def test_alternatives_that_meet(recwarn, coupling):
     jax.block_until_ready(jax.grad(expectation(coupling=coupling, num_steps=200))(0.5, KEY))
-    jax.effects_barrier()
     assert not [w for w in recwarn if "alternative" in str(w.message)]
+
+
+def test_compiled_functions_have_no_effects():
+    # With one they are called through Python, which takes as long as a short run of chains.
+    assert not jax.make_jaxpr(jax.value_and_grad(expectation()))(0.5, KEY).effects

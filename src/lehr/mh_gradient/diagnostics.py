@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from lehr.mh_gradient.alternatives import Run, Trace, largest_kappas
@@ -83,32 +82,36 @@ def _unmet(ages: Array, num_steps: int) -> Float[Array, ""]:
     return jnp.mean((ages > num_steps / 2).astype(jnp.float32))
 
 
-def warn_of_unmet(ages: Array, num_steps: int) -> None:
-    """Warns where alternatives do not meet their chains, also from compiled code.
+def warned_of_unmet(x: Array, ages: Array, num_steps: int) -> Array:
+    """The same x: to compute it warns where alternatives do not meet their chains, also from compiled code.
 
     `ages` are those of the alternatives at the end, 0 for a slot that is empty.
+
+    (A callback that nothing waits for would be an effect, and a function with effects is called through Python: that
+    takes 0.1 ms a call, as long as a short run of chains.)
     """
     if num_steps < _SHORTEST:
-        return
-    share = _unmet(ages, num_steps)
+        return x
 
-    def warn(share: Any) -> None:
-        text = _in_words(float(np.max(share)), num_steps)
+    def warn(share: Any) -> Any:
+        text = _in_words(float(share), num_steps)
         if text is not None:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return share
 
     # Of a batch the largest: a callback for each entry would be compiled one by one.
     @jax.custom_batching.custom_vmap
     def said(share: Array) -> Array:
-        jax.lax.cond(share > _WORTH_A_WARNING, lambda: jax.debug.callback(warn, share), lambda: None)
-        return share
+        like = jax.ShapeDtypeStruct((), share.dtype)
+        return jax.lax.cond(share > _WORTH_A_WARNING, lambda: jax.pure_callback(warn, like, share), lambda: share)
 
     @said.def_vmap
     def _(axis_size: int, in_batched: list[bool], share: Array) -> tuple[Array, bool]:
         del axis_size, in_batched
         return said(jnp.max(share)), False
 
-    said(share)
+    # No share is more than 1; but the compiler does not know.
+    return jnp.where(said(_unmet(ages, num_steps)) > 1, jnp.nan, x)
 
 
 def _in_words(share: float, num_steps: int) -> str | None:

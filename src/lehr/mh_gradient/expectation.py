@@ -14,7 +14,7 @@ from lehr.mh_gradient.alternatives import Record, Run, by_decision, largest_kapp
 from lehr.mh_gradient.births import STRENGTHS, WEIGHTS, Strength, Weights
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
-from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warn_of_unmet
+from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warned_of_unmet
 from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, largest_weight, log_factor
 from lehr.mh_gradient.gradient import not_again, support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
@@ -173,7 +173,7 @@ def _mean(params: Any, estimator: Estimator, keys: Array) -> tuple[Array, Diagno
     if estimator.has_aux:
         return _with_trace(params, estimator, keys)[0]
     run = _run(params, estimator, keys, alone=True)
-    return jnp.mean(_checked(run, estimator.chains.plan.num_steps), axis=0), None
+    return jnp.mean(run.mean * _checked(run, estimator.chains.plan.num_steps), axis=0), None
 
 
 def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
@@ -196,38 +196,40 @@ def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
 
 
 def _checked(run: Run, num_steps: int) -> Array:
-    """The chains' means; raises if they mean nothing."""
-    mean = eqx.error_if(
-        run.mean, jnp.any(run.bad_start), "the log density is not finite at x0 or not a number: start elsewhere"
+    """1, which raises if the chains mean nothing: a factor of all that is used of them.
+
+    (Compiled code drops an error that nothing depends on; of a gradient alone the value is nothing.)
+    """
+    one = eqx.error_if(
+        jnp.ones(()), jnp.any(run.bad_start), "the log density is not finite at x0 or not a number: start elsewhere"
     )
-    mean = eqx.error_if(
-        mean,
+    one = eqx.error_if(
+        one,
         jnp.any(jnp.isnan(run.acceptance)),
         "the log density is NaN or infinite where the chain went: mend it, or give -inf",
     )
-    if num_steps * len(mean) >= _ENOUGH:
+    if num_steps * len(run.acceptance) >= _ENOUGH:
         text = "no proposal was accepted: give a smaller scale, or start where the density is"
-        mean = eqx.error_if(mean, jnp.all(run.acceptance == 0), text)
-    return mean
+        one = eqx.error_if(one, jnp.all(run.acceptance == 0), text)
+    return one
 
 
 def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, Any]:
     """Value and diagnostics, and what the gradient needs: `Kept`, or with diagnostics the gradient itself."""
     run = _run(params, estimator, keys, alone=False)
     plan, trace = estimator.chains.plan, run.trace
-    means = _checked(run, plan.num_steps)
-    warn_of_unmet(run.ages, plan.num_steps)
+    one = warned_of_unmet(_checked(run, plan.num_steps), run.ages, plan.num_steps)
     if not isinstance(estimator.chains.density, DensityRatio):
         low, high = (
             leaf.reshape(-1, *leaf.shape[2:])[:: -(-leaf[..., 0].size // 256)] for leaf in (trace.low, trace.high)
         )
-        means = eqx.error_if(
-            means,
+        one = eqx.error_if(
+            one,
             support_moves(estimator.chains.density, params, low, high),
             "the support of the log density depends on the parameters, so that its gradient misses what moves in and "
             "out: give a lehr.mh_gradient.DensityRatio",
         )
-    weights = _by_decision(estimator, trace)
+    means, weights = run.mean * one, _by_decision(estimator, trace) * one
     kept = Kept(trace.low, trace.high, trace.tag, trace.accepted, trace.after, weights)
     if not estimator.has_aux:
         return (jnp.mean(means, axis=0), None), kept
