@@ -19,13 +19,15 @@ def step(x, k, z):
 
 
 def by_hand(x, steps, z):
-    of_chains = jax.vmap(step, in_axes=(0, None, 0))
-    return jax.lax.scan(lambda x, of_step: of_chains(x, *of_step), x, (steps, z))
+    of_all = jax.vmap(step, in_axes=(-1, None, -1), out_axes=-1)
+    return jax.lax.scan(lambda x, of_step: of_all(x, *of_step), x, (steps, z))
 
 
-def test_a_row_holds_what_the_arrays_did():
-    z = jax.random.normal(jax.random.key(0), (7, 5, 2))
-    arguments = jnp.zeros((5, 2)), jnp.arange(7), z
+@pytest.mark.parametrize("dimension", [1, 2, 5])
+def test_a_row_holds_what_the_arrays_did(dimension):
+    """Of steps from any number on; and of positions that are too wide for it."""
+    z = jax.random.normal(jax.random.key(0), (7, dimension, 5))
+    arguments = jnp.zeros((dimension, 5)), jnp.arange(3, 10), z
     found, expected = scan_chains(step, *arguments), by_hand(*arguments)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
@@ -34,10 +36,10 @@ def test_a_row_holds_what_the_arrays_did():
 
 
 def test_a_row_is_as_precise_as_the_numbers(x64):
-    z = jax.random.normal(jax.random.key(0), (3, 4, 2))
-    _, (x, *_) = scan_chains(step, jnp.zeros((4, 2)), jnp.arange(3), z)
+    z = jax.random.normal(jax.random.key(0), (3, 2, 4))
+    _, (x, *_) = scan_chains(step, jnp.zeros((2, 4)), jnp.arange(3), z)
     assert x.dtype == jnp.float64
-    np.testing.assert_array_equal(x, by_hand(jnp.zeros((4, 2)), jnp.arange(3), z)[1][0])
+    np.testing.assert_array_equal(x, by_hand(jnp.zeros((2, 4)), jnp.arange(3), z)[1][0])
 
 
 def test_a_loop_without_outputs():
@@ -58,25 +60,38 @@ def dear(params, row):
 @pytest.mark.parametrize("of", [cheap, dear])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 1.0])
 def test_the_sum_over_decisions(of, share, monkeypatch):
-    """Over rows in several chunks and some that are left; those without a weight have no finite gradient."""
+    """Over steps in several chunks and some that are left; rows without a weight have no finite gradient."""
     monkeypatch.setattr(gradient, "_AT_ONCE", 400)
     generator = np.random.default_rng(0)
-    used = generator.random(1013) < share
-    rows, weights = generator.random((1013, 2)) + 1, np.where(used, generator.normal(size=1013), 0)
+    used = generator.random((199, 5)) < share
+    rows, weights = generator.random((199, 2, 5)) + 1, np.where(used, generator.normal(size=used.shape), 0)
     params = {"a": jnp.asarray([0.3, 0.7]), "b": jnp.asarray(2.0), "unused": jnp.ones((3, 2), jnp.float16)}
     filled = jnp.asarray(np.where(used[:, None], rows, -1.0), jnp.float32)
     found = gradient.weighted_gradient(of, params, filled, jnp.asarray(weights, jnp.float32))
-    np.testing.assert_allclose(found["a"], weights @ np.sqrt(rows), rtol=1e-4, atol=1e-5)
+    expected = np.einsum("kc,kjc->j", weights, np.sqrt(rows))
+    np.testing.assert_allclose(found["a"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["b"], weights.sum(), rtol=1e-4, atol=1e-5)
     assert found["unused"].dtype == jnp.float16
     np.testing.assert_array_equal(found["unused"], np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("largest_index", [gradient._LARGEST_INDEX, 10])
+def test_rows_by_their_numbers(largest_index, monkeypatch):
+    """Also of arrays so large that a whole number of 32 bits does not count them."""
+    monkeypatch.setattr(gradient, "_LARGEST_INDEX", largest_index)
+    leaves = np.arange(4 * 2 * 3).reshape(4, 2, 3), np.arange(4 * 3).reshape(4, 3), None
+    index = np.array([0, 1, 5, 11])
+    wide, narrow, nothing = gradient.row_of(jax.tree.map(jnp.asarray, leaves), jnp.asarray(index))
+    np.testing.assert_array_equal(wide, np.moveaxis(leaves[0], 1, 2).reshape(12, 2)[index])
+    np.testing.assert_array_equal(narrow, index)
+    assert nothing is None
 
 
 def test_many_parameters_that_are_not_used_take_no_memory():
     """A gradient in them for each of a thousand rows would be 40 MB."""
     params = {"a": jnp.ones(2), "b": jnp.ones(()), "unused": jnp.zeros(10_000)}
     of = jax.jit(lambda *arguments: gradient.weighted_gradient(cheap, *arguments))
-    memory = of.lower(params, jnp.ones((1000, 2)), jnp.ones(1000)).compile().memory_analysis()
+    memory = of.lower(params, jnp.ones((100, 2, 10)), jnp.ones((100, 10))).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2e6
 
 

@@ -19,17 +19,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from lehr.chunked_scan import GROUP, group_keys, in_groups, scan_groups
 from lehr.mh_gradient.births import Birth
+from lehr.mh_gradient.gradient import numbers_in
 from lehr.mh_gradient.kernel import choose
-from lehr.mh_gradient.packed_scan import scan_chains
+from lehr.mh_gradient.packed_scan import of_chains, scan_chains
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 
 #: numbers in a group of steps, of all chains' positions: what fits a cache
 _NUMBERS = 2**17
+#: numbers that f of a chain reads and writes, up to which it is taken of all steps at once
+_CHEAP = 100
 
 
 class Alternatives(NamedTuple):
@@ -55,18 +58,18 @@ class Lives(NamedTuple):
 class Trace(NamedTuple):
     """What each step of each chain leaves for the gradient: its decision, and what the alternatives after it add.
 
-    Axes are steps, chains: to turn them round would cost as much as a pass.
+    Axes are steps, what a chain has, chains, as in all loops here.
     """
 
-    low: Array
-    high: Array
+    low: Shaped[Array, "num_steps dim num_chains"]
+    high: Shaped[Array, "num_steps dim num_chains"]
     #: None if all births are flips
     tag: Any
     #: c / m of the decision's alternative
     coefficient: Float[Array, "num_steps num_chains"]
     #: by slot: whether the decision's alternative was kept there, and M (f(Y) - f(X))
-    taken: Bool[Array, "num_steps num_chains *slots"]
-    contribution: Float[Array, "num_steps num_chains *slots m"]
+    taken: Bool[Array, "num_steps *slots num_chains"]
+    contribution: Float[Array, "num_steps *slots m num_chains"]
     #: whether it was accepted, and the position after the step, where the gradient needs them
     accepted: Any
     after: Any
@@ -129,7 +132,7 @@ def run_chains(
     Without, to the same numbers, but for the rounding of sums.
     `f(x, x_new)` gives a row; plain functions ignore x.
     """
-    start, engine = jax.vmap(sampler.start)(x0), _Engine(sampler, f, plan, rule, gradient, record)
+    start, engine = of_chains(sampler.start)(x0.T), _Engine(sampler, f, plan, rule, gradient, record)
 
     def group(carry, inputs):
         (sums, slots), (keys, steps) = carry, inputs
@@ -138,7 +141,7 @@ def run_chains(
             of_chain = sampler.noise(key, len(steps), x0[0])
             return of_chain, None if rule is None else sampler.extra(key, len(steps), x0[0], rule)
 
-        noise, extra = jax.vmap(draw, out_axes=1)(keys)
+        noise, extra = _chains_last(draw, keys)
         if rule is None:
             return (engine.chains(sums, steps, noise), slots), None
         sums, moves, values = engine.recorded_chains(sums, steps, noise)
@@ -148,14 +151,14 @@ def run_chains(
     width = jax.eval_shape(f, x0[0], x0[0])
     # Sums of many numbers of half precision would end at a few thousand.
     dtype = jnp.promote_types(width.dtype, jnp.float32)
-    sums = Sums(start, jnp.zeros((len(x0), *width.shape), dtype), jnp.zeros(len(x0)))
+    sums = Sums(start, jnp.zeros((*width.shape, len(x0)), dtype), jnp.zeros(len(x0)))
     carry = sums, None if rule is None else _none(start, plan)
     largest = steps_at_once(x0)
     of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
     groups = in_groups(jnp.arange(plan.num_steps), of_groups, largest)
     (sums, slots), trace = scan_groups(group, carry, *groups)
     return Run(
-        mean=sums.total / (plan.num_steps - plan.burn_in),
+        mean=sums.total.T / (plan.num_steps - plan.burn_in),
         acceptance=sums.num_accepted / plan.num_steps,
         bad_start=~jnp.isfinite(start.log_prob),
         trace=trace,
@@ -192,26 +195,36 @@ class _Engine(NamedTuple):
         return scan_chains(step, sums, steps, noise)[0]
 
     def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
-        """The same, with each of their moves and values of f, `(num_steps, num_chains, ...)`."""
+        """The same, with each of their moves and values of f, `(num_steps, ..., num_chains)`."""
 
         def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
             move = self.sampler.move(k, point, of_chain)
-            return move.after, (self.sampler.record(move), self.f(point.x, move.after.x))
+            return move.after, self.sampler.record(move)
 
-        last, (did, values) = scan_chains(step, sums.point, steps, noise)
+        last, did = scan_chains(step, sums.point, steps, noise)
         before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
-        moves = jax.vmap(jax.vmap(self.sampler.recall, in_axes=(None, 0, 0, 0)))(steps, before, did, noise)
+        recall = of_chains(self.sampler.recall, in_axes=(None, -1, -1, -1))
+        moves = jax.vmap(recall)(steps, before, did, noise)
+        values = self._values(before.x, did.after.x)
         counted = jnp.where((steps >= self.plan.burn_in)[:, None, None], values, 0)
-        num_accepted = jnp.sum(jax.vmap(jax.vmap(_accepted))(moves), axis=0)
+        num_accepted = jnp.sum(jax.vmap(of_chains(_accepted))(moves), axis=0)
         return (
             Sums(last, sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype), sums.num_accepted + num_accepted),
             moves,
             values,
         )
 
+    def _values(self, before: Array, after: Array) -> Array:
+        """f of each step."""
+        f = of_chains(self.f)
+        if numbers_in(f, before[0], after[0]) <= _CHEAP * before.shape[-1]:
+            return jax.vmap(f)(before, after)
+        # Not at once where f may take much memory.
+        return jax.lax.map(lambda positions: f(*positions), (before, after))
+
     def births(self, moves: Any, extra: Any) -> Birth:
         """What could be born of each move."""
-        of_step = jax.vmap(lambda move, extra: self.sampler.birth(move, extra, self.rule, self.gradient))
+        of_step = of_chains(lambda move, extra: self.sampler.birth(move, extra, self.rule, self.gradient))
         if self.gradient is None and self.rule.proposal_gradient is None:
             return jax.vmap(of_step)(moves, extra)
         # Not at once where a birth needs a log density or its gradient, which may take much memory.
@@ -270,19 +283,25 @@ class _Engine(NamedTuple):
         )
 
 
+def _chains_last(draw: Callable[[Array], Any], keys: Array) -> Any:
+    """What is drawn with each key, with a last axis of chains.
+
+    All numbers of a chain are one row when these are turned round: else the compiler makes a loop over each of the
+    other axes, and what is drawn is computed in a short one (in ten dimensions that takes three times as long).
+    """
+    like = jax.eval_shape(draw, keys[0])
+    rows = jax.vmap(lambda key: jax.tree.map(jnp.ravel, draw(key)), out_axes=-1)(keys)
+    return jax.tree.map(lambda row, leaf: row.reshape(*leaf.shape, len(keys)), rows, like)
+
+
 def _accepted(move: Any) -> Array:
     return jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
 
 
 def _none(start: Point, plan: Plan) -> Alternatives:
     slots = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
-
-    def spread(leaf: Array) -> Array:
-        shape = (leaf.shape[0], *slots, *leaf.shape[1:])
-        return jnp.broadcast_to(leaf.reshape(leaf.shape[0], *(1 for _ in slots), *leaf.shape[1:]), shape)
-
-    points = jax.tree.map(spread, start)
-    shape = (len(start.x), *slots)
+    points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*slots, *leaf.shape)), start)
+    shape = (*slots, start.x.shape[-1])
     previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
     return Alternatives(points, previous, apart, jnp.zeros(shape))
 
@@ -293,26 +312,26 @@ def _ages(taken: Array, lives: Array) -> Array:
     return jnp.where(lives, len(taken) - jnp.max(jnp.where(taken, steps, 0), axis=0), 0)
 
 
-def by_decision(trace: Trace) -> Float[Array, "num_steps num_chains m"]:
+def by_decision(trace: Trace) -> Float[Array, "num_steps m num_chains"]:
     """What counts for each decision: sum_i kappa_i (f(Y_i) - f(X_i)), Y its alternative."""
-    return trace.coefficient[..., None] * _of_lives(jnp.add, trace.contribution, trace.taken)
+    return trace.coefficient[:, None] * _of_lives(jnp.add, trace.contribution, trace.taken)
 
 
 def largest_kappas(trace: Trace) -> Float[Array, "num_steps num_chains"]:
     """Of each decision, the largest kappa of its alternative; 0 if it has none. For traces that recorded lives."""
-    return trace.coefficient * _of_lives(jnp.maximum, trace.lives.strength[..., None], trace.taken)[..., 0]
+    return trace.coefficient * _of_lives(jnp.maximum, trace.lives.strength[..., None, :], trace.taken)[:, 0]
 
 
 def _of_lives(
-    combine: Callable[[Array, Array], Array], values: Float[Array, "num_steps num_chains *slots m"], taken: Array
-) -> Float[Array, "num_steps num_chains m"]:
+    combine: Callable[[Array, Array], Array], values: Float[Array, "num_steps *slots m num_chains"], taken: Array
+) -> Float[Array, "num_steps m num_chains"]:
     """For each step at which a slot was taken, the values while that birth was in it, combined; else 0."""
 
     # An alternative's steps follow each other in its slot: from the last to the first.
     def step(total, inputs):
         value, taken = inputs
-        total, taken = combine(total, value), taken[..., None]
+        total, taken = combine(total, value), taken[..., None, :]
         found = jnp.where(taken, total, 0)
-        return jnp.where(taken, 0, total), jnp.sum(found, axis=tuple(range(1, found.ndim - 1)))
+        return jnp.where(taken, 0, total), jnp.sum(found, axis=tuple(range(found.ndim - 2)))
 
     return jax.lax.scan(step, jnp.zeros_like(values[0]), (values, taken), reverse=True)[1]

@@ -3,6 +3,7 @@
 Each is a function of (params, key), for `jax.grad`, with the value of `lehr.mh_expectation`, to the same numbers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,10 @@ from lehr.mh_gradient.target import DensityRatio
 
 
 class _Path(NamedTuple):
-    """Of all chains: positions before, proposed and after each step, its log ratio and decision, and f after it."""
+    """Of all chains: positions before, proposed and after each step, its log ratio and decision, and f after it.
+
+    Axes are steps, what a chain has, chains.
+    """
 
     before: Array
     proposed: Array
@@ -165,9 +169,9 @@ class _Differences(eqx.Module):
 
 def _covariance(params: Any, chains: Chains, keys: Array, path: _Path, ct: Array) -> Any:
     del keys
-    value, after = (_counted(chains, leaf) for leaf in (path.value, path.after))
-    reward = value @ ct
-    weights = (reward - jnp.mean(reward)) / (len(reward) - 1)
+    value, after = (leaf[chains.plan.burn_in :] for leaf in (path.value, path.after))
+    reward = jnp.tensordot(ct, value, (0, 1))
+    weights = (reward - jnp.mean(reward)) / (reward.size - 1)
     target = lambda params, x: chains.sampler(params).start(x).log_prob  # noqa: E731
     return _with_direct(params, chains, path, ct, _sum(target, params, after, weights))
 
@@ -183,10 +187,11 @@ def _score_with_baseline(params: Any, chains: Chains, keys: Array, path: _Path, 
 def _scored(params: Any, chains: Chains, keys: Array, path: _Path, ct: Array, *, baseline: bool) -> Any:
     del keys
     plan, num = chains.plan, chains.num_chains
-    reward = jnp.where(jnp.arange(plan.num_steps) >= plan.burn_in, path.value @ ct, 0) / (plan.num_steps - plan.burn_in)
-    to_go = jnp.flip(jnp.cumsum(jnp.flip(reward, axis=1), axis=1), axis=1)
+    counts = jnp.arange(plan.num_steps)[:, None] >= plan.burn_in
+    reward = jnp.where(counts, jnp.tensordot(ct, path.value, (0, 1)), 0) / (plan.num_steps - plan.burn_in)
+    to_go = jax.lax.cumsum(reward, axis=0, reverse=True)
     if baseline:
-        to_go = to_go - (jnp.sum(to_go, axis=0) - to_go) / (num - 1)
+        to_go = to_go - (jnp.sum(to_go, axis=1, keepdims=True) - to_go) / (num - 1)
     r = jnp.minimum(path.log_ratio, 0)
     # d log alpha = grad r; d log (1 - alpha) = -alpha / (1 - alpha) grad r
     of_decision = jnp.where(path.accepted, 1, -jnp.exp(r) / jnp.where(r < 0, -jnp.expm1(r), 1))
@@ -196,8 +201,7 @@ def _scored(params: Any, chains: Chains, keys: Array, path: _Path, ct: Array, *,
         low, high = row
         return chains.sampler(params).log_factor(low, high, jnp.asarray(0), flips_only=True)
 
-    rows = path.before.reshape(-1, path.before.shape[-1]), path.proposed.reshape(-1, path.before.shape[-1])
-    return _with_direct(params, chains, path, ct, _sum(log_ratio, params, rows, jnp.ravel(weights)))
+    return _with_direct(params, chains, path, ct, _sum(log_ratio, params, (path.before, path.proposed), weights))
 
 
 def _sum(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:
@@ -209,8 +213,9 @@ def _with_direct(params: Any, chains: Chains, path: _Path, ct: Array, found: Any
     """And the derivative of f in its own parameters."""
     if not chains.f_takes_params:
         return found
-    before, after = (_counted(chains, leaf) for leaf in (path.before, path.after))
-    weights = jnp.full(len(after), 1 / len(after))
+    before, after = (leaf[chains.plan.burn_in :] for leaf in (path.before, path.after))
+    shape = len(after), chains.num_chains
+    weights = jnp.full(shape, 1 / math.prod(shape))
 
     def rewarded(params: Any, row: Any) -> Array:
         x, x_new = row
@@ -218,12 +223,6 @@ def _with_direct(params: Any, chains: Chains, path: _Path, ct: Array, found: Any
 
     direct = _sum(rewarded, params, (before, after), weights)
     return jax.tree.map(jnp.add, found, direct)
-
-
-def _counted(chains: Chains, leaf: Array) -> Array:
-    """Of all chains, the steps after burn-in, as rows."""
-    counted = leaf[:, chains.plan.burn_in :]
-    return counted.reshape(-1, *counted.shape[2:])
 
 
 def _path(params: Any, chains: Chains, keys: Array) -> tuple[Array, _Path]:
@@ -248,7 +247,7 @@ def _path(params: Any, chains: Chains, keys: Array) -> tuple[Array, _Path]:
 
     starts = chains.starts(params)
     group = steps_at_once(starts)
-    return jax.vmap(chain)(keys, starts)
+    return jax.vmap(chain, out_axes=(0, -1))(keys, starts)
 
 
 @eqx.filter_jit

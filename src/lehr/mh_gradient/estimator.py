@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
@@ -21,7 +21,7 @@ from lehr.mh_gradient.target import DensityRatio
 class Kept(NamedTuple):
     """Of all chains, what the gradient needs: decisions, their weights, and positions where f is differentiated.
 
-    Axes are steps, then chains, as the scan leaves them: to turn them round would cost as much as a pass.
+    Axes are steps, what a chain has, chains.
     """
 
     low: Array
@@ -29,8 +29,7 @@ class Kept(NamedTuple):
     tag: Any
     accepted: Any
     after: Any
-    #: with a last axis of m
-    weights: Array
+    weights: Float[Array, "num_steps m num_chains"]
 
 
 class Estimator(eqx.Module):
@@ -110,11 +109,11 @@ def log_factor(estimator: Estimator, params: Any, row: Any) -> Array:
 
 def each_gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept) -> Any:
     """Of every chain and entry of the row: leaves `(num_chains, m, ...)`."""
-    width = kept.weights.shape[-1]
+    width = kept.weights.shape[1]
 
     def of_chain(row: Any) -> Any:
         key, index = row
-        one = jax.tree.map(lambda leaf: leaf[:, index][:, None], kept)
+        one = jax.tree.map(lambda leaf: leaf[..., index][..., None], kept)
         return jax.vmap(lambda ct: gradient_of(params, estimator, key[None], one, ct, index))(jnp.eye(width))
 
     return jax.lax.map(of_chain, (keys, jnp.arange(len(keys))))
@@ -124,7 +123,7 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
     """The gradient of ct . row, the mean over these chains, of which `first` is the number of the first."""
     chains = estimator.chains
     num = len(keys)
-    weights = kept.weights @ ct / num
+    weights = jnp.tensordot(ct, kept.weights, (0, 1)) / num
     floats = eqx.filter(params, eqx.is_inexact_array)
     others = eqx.filter(params, eqx.is_inexact_array, inverse=True)
     scale = ct / (chains.plan.num_steps - chains.plan.burn_in) / num
@@ -142,14 +141,14 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
     found = _finite(found)
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
-        before = jnp.concatenate([starts[None], kept.after[:-1]])
+        before = jnp.concatenate([starts.T[None], kept.after[:-1]])
         is_counted = jnp.arange(chains.plan.num_steps) >= chains.plan.burn_in
-        counts = jnp.broadcast_to(is_counted[:, None], kept.after.shape[:2])
+        counts = jnp.broadcast_to(is_counted[:, None], weights.shape)
 
         def of(floats: Any, row: Any) -> Array:
             return jnp.vdot(scale, chains.row(eqx.combine(floats, others))(*row))
 
-        direct = weighted_gradient(of, floats, _flat((before, kept.after)), _flat(counts) * 1.0)
+        direct = weighted_gradient(of, floats, (before, kept.after), counts * 1.0)
         found = jax.tree.map(jnp.add, found, direct)
     return found
 
@@ -168,12 +167,7 @@ def _weighted(pass_over: Any, estimator: Estimator, floats: Any, others: Any, ke
     def of(floats: Any, row: Any) -> Array:
         return log_factor(estimator, eqx.combine(floats, others), row)
 
-    return pass_over(of, floats, _flat((kept.low, kept.high, kept.tag)), _flat(weights))
-
-
-def _flat(tree: Any) -> Any:
-    """Steps and chains as one axis."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    return pass_over(of, floats, (kept.low, kept.high, kept.tag), weights)
 
 
 def _finite(gradient: Any) -> Any:

@@ -16,7 +16,7 @@ from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
 from lehr.mh_gradient.diagnostics import Diagnostics, diagnose, warned_of_unmet
 from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_of, largest_weight, log_factor
-from lehr.mh_gradient.gradient import not_again, support_moves
+from lehr.mh_gradient.gradient import not_again, row_of, support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
 
@@ -148,7 +148,7 @@ def _call(estimator: Estimator, params: Any, key: PRNGKeyArray) -> Any:
 @eqx.filter_jit
 def _weights(estimator: Estimator, params: Any, key: PRNGKeyArray) -> Array:
     run = _run(params, estimator, jax.random.split(key, estimator.chains.num_chains), alone=False)
-    return _by_decision(estimator, run.trace)
+    return jnp.swapaxes(_by_decision(estimator, run.trace), 1, 2)
 
 
 def _by_decision(estimator: Estimator, trace: Any) -> Array:
@@ -220,9 +220,9 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     plan, trace = estimator.chains.plan, run.trace
     one = warned_of_unmet(_checked(run, plan.num_steps), run.ages, plan.num_steps)
     if not isinstance(estimator.chains.density, DensityRatio):
-        low, high = (
-            leaf.reshape(-1, *leaf.shape[2:])[:: -(-leaf[..., 0].size // 256)] for leaf in (trace.low, trace.high)
-        )
+        num = trace.coefficient.size
+        some = jnp.arange(0, num, -(-num // 256))
+        low, high = row_of((trace.low, trace.high), some)
         one = eqx.error_if(
             one,
             support_moves(estimator.chains.density, params, low, high),

@@ -11,25 +11,33 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lehr.chunked_scan import in_chunks, scan_groups
 from lehr.errors import InputError
+from lehr.mh_gradient.packed_scan import of_chains
 
 #: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
 #: one, of which the last call wastes some
 _SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
 #: up to so many numbers a row, to take all gradients costs less than to find the rows that count; and rows at once
 _FEW, _AT_ONCE = 100, 2**16
+#: of 32 bits
+_LARGEST_INDEX = 2**31 - 1
 
 
-def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]) -> Any:
-    """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks."""
-    num, num_params = len(weights), sum(leaf.size for leaf in jax.tree.leaves(params))
+def weighted_gradient(
+    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, "num_steps num_chains"]
+) -> Any:
+    """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks.
+
+    Rows are leaves `(num_steps, ..., num_chains)`.
+    """
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     # A parameter that is not used has a gradient too: one for each row, if all are taken.
-    if num_params + numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0], rows)) <= _FEW:
+    if num_params + numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0, ..., 0], rows)) <= _FEW:
         return _over_all(of, params, rows, weights)
-    size = max(_SMALLEST, min(_LARGEST, num // 16, _NUMBERS // max(num_params, 1)))
+    size = max(_SMALLEST, min(_LARGEST, weights.size // 16, _NUMBERS // max(num_params, 1)))
 
     def add(total: Any, rows: Any, weight: Array) -> Any:
         def summed(params: Any) -> Array:
@@ -42,20 +50,20 @@ def weighted_gradient(of: Callable[[Any, Any], Array], params: Any, rows: Any, w
 
 def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:
     """`weighted_gradient` with a gradient of every row."""
+    of_step = of_chains(jax.grad(of), in_axes=(None, -1))
 
     def add(total: Any, some: Any) -> tuple[Any, None]:
         rows, weights = some
-        each = jax.vmap(jax.grad(of), in_axes=(None, 0))(params, rows)
 
         def weighted(total: Array, leaf: Array) -> Array:
-            weight = weights.reshape(-1, *(1 for _ in total.shape))
+            weight = weights.reshape(len(weights), *(1 for _ in total.shape), -1)
             # A gradient that does not count may be no number.
-            return total + jnp.sum(jnp.where(weight != 0, weight * leaf, 0), axis=0)
+            return total + jnp.sum(jnp.where(weight != 0, weight * leaf, 0), axis=(0, -1))
 
-        return jax.tree.map(weighted, total, each), None
+        return jax.tree.map(weighted, total, jax.vmap(of_step, in_axes=(None, 0))(params, rows)), None
 
     total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(leaf, weights)), params)
-    total, _ = scan_groups(add, total, *in_chunks((rows, weights), _AT_ONCE))
+    total, _ = scan_groups(add, total, *in_chunks((rows, weights), max(1, _AT_ONCE // weights.shape[1])))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
 
 
@@ -79,7 +87,7 @@ def numbers_in(of: Callable[..., Any], *arguments: Any) -> int | float:
 
 
 def largest_gradient(
-    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, " num"]
+    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, "num_steps num_chains"]
 ) -> Float[Array, ""]:
     """max_i |weights_i| |grad_params of(params, row_i)|, over the rows with weights that are not 0, if any; else 0."""
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -96,20 +104,36 @@ def largest_gradient(
 
 
 def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, weights: Array, size: int) -> Any:
-    """`total = add(total, rows, weights)` over chunks of the rows with weights that are not 0."""
-    num = len(weights)
+    """`total = add(total, rows, weights)` over chunks of the rows with weights that are not 0, with one first axis."""
+    num, flat = weights.size, jnp.ravel(weights)
     size = min(num, size)
     # The j-th used row is where their running count reaches j + 1.
-    running = jnp.cumsum(weights != 0)
+    running = jnp.cumsum(flat != 0)
 
     def chunk(i: Array, total: Any) -> Any:
         index = jnp.searchsorted(running, i * size + 1 + jnp.arange(size))
         # What fills the last chunk repeats its first row, with weight 0.
-        weight = jnp.where(index < num, weights[jnp.minimum(index, num - 1)], 0)
-        index = jnp.where(index < num, index, index[0])
-        return add(total, jax.tree.map(lambda leaf: leaf[index], rows), weight)
+        weight = jnp.where(index < num, flat[jnp.minimum(index, num - 1)], 0)
+        return add(total, row_of(rows, jnp.where(index < num, index, index[0])), weight)
 
     return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
+
+
+def row_of(rows: Any, index: Int[Array, " size"]) -> Any:
+    """Of leaves `(num_steps, ..., num_chains)` the rows of these numbers, `(size, ...)`; chains are counted first."""
+
+    def taken(leaf: Array) -> Array:
+        num_chains = leaf.shape[-1]
+        shape = leaf.shape[1:-1]
+        step, chain = jnp.divmod(index, num_chains)
+        if leaf.size > _LARGEST_INDEX:
+            return jax.vmap(lambda step, chain: leaf[step, ..., chain])(step, chain)
+        # One index a number: pairs of them take longer.
+        first = step * (leaf.size // leaf.shape[0]) + chain
+        at = first[:, None] + num_chains * jnp.arange(math.prod(shape))
+        return jnp.ravel(leaf).at[at].get(mode="promise_in_bounds").reshape(-1, *shape)
+
+    return jax.tree.map(taken, rows)
 
 
 def not_again(tree: Any) -> Any:

@@ -54,6 +54,7 @@ class Decided(NamedTuple):
     new: Point
     after: Point
     accepted: Any
+    #: None if it is a difference of log densities, as quickly taken again
     log_ratio: Any
 
 
@@ -106,14 +107,16 @@ class MetropolisHastings(eqx.Module):
 
     def record(self, move: Move) -> Decided:
         """What of a step is to be kept, to know all of it again."""
-        return Decided(move.new, move.after, move.accepted, move.log_ratio)
+        is_difference = self.kernel.proposal.symmetric and not isinstance(self.kernel.target.density, DensityRatio)
+        return Decided(move.new, move.after, move.accepted, None if is_difference else move.log_ratio)
 
     def recall(self, k: Array, old: Point, did: Decided, noise: Any) -> Move:
         """The step from `old` that left this record."""
         del k
         z, log_uniform = noise
+        log_ratio = self.kernel.log_ratio(did.new, old) if did.log_ratio is None else did.log_ratio
         otherwise = choose(did.accepted, old, did.new)
-        return Move(old, did.new, did.after, otherwise, did.accepted, did.log_ratio, log_uniform, z)
+        return Move(old, did.new, did.after, otherwise, did.accepted, log_ratio, log_uniform, z)
 
     def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
         """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
