@@ -18,16 +18,17 @@ def step(x, k, z):
     return x, (x, {"sum": jnp.sum(x), "up": z[0] > 0, "k": k, "ups": z > 0}, wide, x.astype(jnp.float16), None)
 
 
-def by_hand(x, steps, z):
-    of_all = jax.vmap(step, in_axes=(-1, None, -1), out_axes=-1)
+def by_hand(x, steps, z, axis=-1):
+    of_all = jax.vmap(step, in_axes=(axis, None, axis), out_axes=axis)
     return jax.lax.scan(lambda x, of_step: of_all(x, *of_step), x, (steps, z))
 
 
-@pytest.mark.parametrize("dimension", [1, 2, 5])
-def test_a_row_holds_what_the_arrays_did(dimension):
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("dimension", [1, 2, 5, 20])
+def test_a_row_holds_what_the_arrays_did(dimension, axis):
     """Of steps from any number on; and of positions that are too wide for it."""
-    z = jax.random.normal(jax.random.key(0), (7, dimension, 5))
-    arguments = jnp.zeros((dimension, 5)), jnp.arange(3, 10), z
+    z = jnp.moveaxis(jax.random.normal(jax.random.key(0), (7, dimension, 6)), -1, axis if axis else 1)
+    arguments = jnp.zeros(z.shape[1:]), jnp.arange(3, 10), z, axis
     found, expected = scan_chains(step, *arguments), by_hand(*arguments)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
@@ -37,13 +38,13 @@ def test_a_row_holds_what_the_arrays_did(dimension):
 
 def test_a_row_is_as_precise_as_the_numbers(x64):
     z = jax.random.normal(jax.random.key(0), (3, 2, 4))
-    _, (x, *_) = scan_chains(step, jnp.zeros((2, 4)), jnp.arange(3), z)
+    _, (x, *_) = scan_chains(step, jnp.zeros((2, 4)), jnp.arange(3), z, -1)
     assert x.dtype == jnp.float64
     np.testing.assert_array_equal(x, by_hand(jnp.zeros((2, 4)), jnp.arange(3), z)[1][0])
 
 
 def test_a_loop_without_outputs():
-    x, out = scan_chains(lambda x, k, z: (x + k, None), jnp.zeros(4), jnp.arange(3), jnp.zeros((3, 4)))
+    x, out = scan_chains(lambda x, k, z: (x + k, None), jnp.zeros(4), jnp.arange(3), jnp.zeros((3, 4)), -1)
     assert out is None
     np.testing.assert_array_equal(x, 3)
 

@@ -15,7 +15,7 @@ multiplies kappa by 1 / (1 - p), and M by as much. The loop knows M alone.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from lehr.chunked_scan import GROUP, group_keys, in_groups, scan_groups
 from lehr.mh_gradient.births import Birth
 from lehr.mh_gradient.gradient import numbers_in
 from lehr.mh_gradient.kernel import choose
-from lehr.mh_gradient.packed_scan import of_chains, scan_chains
+from lehr.mh_gradient.packed_scan import scan_chains
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 
 #: numbers in a group of steps, of all chains' positions: what fits a cache
 _NUMBERS = 2**17
+#: dimensions, up to which chains are the last axis
+_FEW_DIMENSIONS = 10
 #: numbers that f of a chain reads and writes, up to which it is taken of all steps at once
 _CHEAP = 100
 
@@ -132,7 +134,11 @@ def run_chains(
     Without, to the same numbers, but for the rounding of sums.
     `f(x, x_new)` gives a row; plain functions ignore x.
     """
-    start, engine = of_chains(sampler.start)(x0.T), _Engine(sampler, f, plan, rule, gradient, record)
+    # In few dimensions operations run along the chains, many at once, and a gradient takes half the time. In many they
+    # run along the dimensions anyway, and a density of a whole lattice or matrix would turn it round in each step.
+    axis = -1 if x0.shape[1] <= _FEW_DIMENSIONS else 0
+    engine = _Engine(sampler, f, plan, rule, gradient, record, axis)
+    start = engine.of_chains(sampler.start)(_moved(x0, 0, axis))
 
     def group(carry, inputs):
         (sums, slots), (keys, steps) = carry, inputs
@@ -141,28 +147,31 @@ def run_chains(
             of_chain = sampler.noise(key, len(steps), x0[0])
             return of_chain, None if rule is None else sampler.extra(key, len(steps), x0[0], rule)
 
-        noise, extra = _chains_last(draw, keys)
+        noise, extra = _chains_last(draw, keys) if axis == -1 else jax.vmap(draw, out_axes=1)(keys)
         if rule is None:
             return (engine.chains(sums, steps, noise), slots), None
         sums, moves, values = engine.recorded_chains(sums, steps, noise)
         slots, trace = engine.alternatives(slots, steps, moves, extra, engine.births(moves, extra), values)
-        return (sums, slots), trace
+        return (sums, slots), jax.vmap(lambda of_step: _moved(of_step, axis, -1))(trace)
 
     width = jax.eval_shape(f, x0[0], x0[0])
     # Sums of many numbers of half precision would end at a few thousand.
     dtype = jnp.promote_types(width.dtype, jnp.float32)
-    sums = Sums(start, jnp.zeros((*width.shape, len(x0)), dtype), jnp.zeros(len(x0)))
-    carry = sums, None if rule is None else _none(start, plan)
+
+    def first(point: Point) -> tuple[Sums, Any]:
+        sums = Sums(point, jnp.zeros(width.shape, dtype), jnp.zeros(()))
+        return sums, None if rule is None else _none(point, plan)
+
     largest = steps_at_once(x0)
     of_groups = jax.vmap(lambda key: group_keys(key, plan.num_steps, largest), out_axes=(1, 0))(keys)
     groups = in_groups(jnp.arange(plan.num_steps), of_groups, largest)
-    (sums, slots), trace = scan_groups(group, carry, *groups)
+    (sums, slots), trace = scan_groups(group, engine.of_chains(first)(start), *groups)
     return Run(
-        mean=sums.total.T / (plan.num_steps - plan.burn_in),
+        mean=_moved(sums.total, axis, 0) / (plan.num_steps - plan.burn_in),
         acceptance=sums.num_accepted / plan.num_steps,
         bad_start=~jnp.isfinite(start.log_prob),
         trace=trace,
-        ages=None if rule is None else _ages(trace.taken, slots.strength > 0),
+        ages=None if rule is None else _ages(trace.taken, _moved(slots.strength, axis, -1) > 0),
     )
 
 
@@ -183,6 +192,12 @@ class _Engine(NamedTuple):
     rule: Any
     gradient: Any
     record: Record
+    #: of chains, in all but a trace
+    axis: Literal[0, -1]
+
+    def of_chains(self, function: Callable[..., Any], in_axes: Any = None) -> Callable[..., Any]:
+        """A function of one chain, for all at once."""
+        return jax.vmap(function, self.axis if in_axes is None else in_axes, out_axes=self.axis)
 
     def chains(self, sums: Sums, steps: Array, noise: Any) -> Sums:
         """Chains alone."""
@@ -192,22 +207,22 @@ class _Engine(NamedTuple):
             value = jnp.where(k >= self.plan.burn_in, self.f(sums.point.x, move.after.x), 0)
             return Sums(move.after, sums.total + value, sums.num_accepted + _accepted(move)), None
 
-        return scan_chains(step, sums, steps, noise)[0]
+        return scan_chains(step, sums, steps, noise, self.axis)[0]
 
     def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
-        """The same, with each of their moves and values of f, `(num_steps, ..., num_chains)`."""
+        """The same, with each of their moves and values of f, with a first axis of steps."""
 
         def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
             move = self.sampler.move(k, point, of_chain)
             return move.after, self.sampler.record(move)
 
-        last, did = scan_chains(step, sums.point, steps, noise)
+        last, did = scan_chains(step, sums.point, steps, noise, self.axis)
         before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
-        recall = of_chains(self.sampler.recall, in_axes=(None, -1, -1, -1))
+        recall = self.of_chains(self.sampler.recall, in_axes=(None, self.axis, self.axis, self.axis))
         moves = jax.vmap(recall)(steps, before, did, noise)
         values = self._values(before.x, did.after.x)
         counted = jnp.where((steps >= self.plan.burn_in)[:, None, None], values, 0)
-        num_accepted = jnp.sum(jax.vmap(of_chains(_accepted))(moves), axis=0)
+        num_accepted = jnp.sum(jax.vmap(self.of_chains(_accepted))(moves), axis=0)
         return (
             Sums(last, sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype), sums.num_accepted + num_accepted),
             moves,
@@ -216,15 +231,15 @@ class _Engine(NamedTuple):
 
     def _values(self, before: Array, after: Array) -> Array:
         """f of each step."""
-        f = of_chains(self.f)
-        if numbers_in(f, before[0], after[0]) <= _CHEAP * before.shape[-1]:
+        f = self.of_chains(self.f)
+        if numbers_in(f, before[0], after[0]) <= _CHEAP * before.shape[1:][self.axis]:
             return jax.vmap(f)(before, after)
         # Not at once where f may take much memory.
         return jax.lax.map(lambda positions: f(*positions), (before, after))
 
     def births(self, moves: Any, extra: Any) -> Birth:
         """What could be born of each move."""
-        of_step = of_chains(lambda move, extra: self.sampler.birth(move, extra, self.rule, self.gradient))
+        of_step = self.of_chains(lambda move, extra: self.sampler.birth(move, extra, self.rule, self.gradient))
         if self.gradient is None and self.rule.proposal_gradient is None:
             return jax.vmap(of_step)(moves, extra)
         # Not at once where a birth needs a log density or its gradient, which may take much memory.
@@ -268,7 +283,7 @@ class _Engine(NamedTuple):
             return slots, (contribution, taken, lives)
 
         inputs = ((moves, extra), births.point, births.strength, values)
-        slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs)
+        slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs, self.axis)
         is_some = births.strength > 0
         return slots, Trace(
             low=births.low,
@@ -298,12 +313,16 @@ def _accepted(move: Any) -> Array:
     return jnp.where(move.log_ratio < jnp.inf, move.accepted, jnp.nan)
 
 
+def _moved(tree: Any, axis: int, to: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, to), tree)
+
+
 def _none(start: Point, plan: Plan) -> Alternatives:
+    """Empty slots of a chain."""
     slots = () if plan.num_alternatives == 1 else (plan.num_alternatives,)
     points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*slots, *leaf.shape)), start)
-    shape = (*slots, start.x.shape[-1])
-    previous, apart = (points.x, jnp.zeros(shape, bool)) if plan.consecutive else (None, None)
-    return Alternatives(points, previous, apart, jnp.zeros(shape))
+    previous, apart = (points.x, jnp.zeros(slots, bool)) if plan.consecutive else (None, None)
+    return Alternatives(points, previous, apart, jnp.zeros(slots))
 
 
 def _ages(taken: Array, lives: Array) -> Array:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from lehr.chunked_scan import in_chunks, scan_groups
 from lehr.errors import InputError
-from lehr.mh_gradient.packed_scan import of_chains
 
 #: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
 #: one, of which the last call wastes some
@@ -50,7 +49,7 @@ def weighted_gradient(
 
 def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:
     """`weighted_gradient` with a gradient of every row."""
-    of_step = of_chains(jax.grad(of), in_axes=(None, -1))
+    of_step = jax.vmap(jax.grad(of), in_axes=(None, -1), out_axes=-1)
 
     def add(total: Any, some: Any) -> tuple[Any, None]:
         rows, weights = some

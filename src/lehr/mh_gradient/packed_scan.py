@@ -1,16 +1,13 @@
-"""A loop over the steps of chains: chains are the last axis of all arrays, and the few numbers of a step are one row.
-
-So operations on chains in a few dimensions run along the chains, many at once (chains in three dimensions take half the
-time that they take as rows).
+"""A loop over the steps of chains that writes the few numbers of a step as one row.
 
 On a CPU the body of a loop is a list of kernels, and every array that it writes is one of them. A list of up to eight
-runs without a scheduler, that costs each kernel more than to compute a few chains. The branch of a conditional is a
+runs without a scheduler, that costs each kernel more than to compute a few chains; and the branch of a conditional is a
 list of its own.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +15,46 @@ from jaxtyping import Array, Float
 
 #: numbers a chain, up to which an output is written in the row: a wide one takes longer there than alone
 _NARROW = 4
+#: numbers a chain, up to which what is carried is soon copied, as a conditional does
+_SMALL = 16
 
 
-def of_chains(function: Callable[..., Any], in_axes: Any = -1) -> Callable[..., Any]:
-    """A function of one chain, for all at once: chains are the last axis."""
-    return jax.vmap(function, in_axes, out_axes=-1)
-
-
-def scan_chains(step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, steps: Array, inputs: Any) -> Any:
+def scan_chains(
+    step: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, steps: Array, inputs: Any, axis: Literal[0, -1]
+) -> Any:
     """`lax.scan` of `step(carry, k, input)`, a function of one chain, for all chains at once, k = steps[0], ...
 
-    The carry has a last axis of chains, inputs and outputs are `(num_steps, ..., num_chains)`.
+    `axis` is that of the chains, in the carry and in what an input and an output are of each step.
     """
-    of_all = of_chains(step, in_axes=(-1, None, -1))
+    of_all = jax.vmap(step, in_axes=(axis, None, axis), out_axes=axis)
     # An index below 0 would be looked for.
     of_step = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
     set_step = functools.partial(jax.lax.dynamic_update_index_in_dim, allow_negative_indices=False)
     first = jax.eval_shape(lambda inputs: jax.tree.map(lambda leaf: leaf[0], inputs), inputs)
-    packing = _Packing(jax.eval_shape(of_all, carry, steps[0], first)[1])
+    like = jax.eval_shape(of_all, carry, steps[0], first)[1]
+    packing = _Packing(like, axis)
+    packed = jax.eval_shape(packing.pack, like)
 
     def body(carry: Any, i: Array) -> tuple[Any, Any]:
         now = jax.tree.map(lambda leaf: of_step(leaf, i), inputs)
         carry, out = of_all(carry, steps[0] + i, now)
         return carry, packing.pack(out)
 
-    like = jax.eval_shape(body, carry, steps[0])[1]
-
     def body_on_cpu(carry: Any, i: Array) -> tuple[Any, Any]:
         # Always true; but the compiler does not know.
-        return jax.lax.cond(i >= 0, body, lambda carry, _: (carry, _zeros(like)), carry, i)
+        return jax.lax.cond(i >= 0, body, lambda carry, _: (carry, _zeros(packed)), carry, i)
 
-    # The conditional takes a copy of the carry.
-    is_narrow = all(map(_is_narrow, jax.tree.leaves(carry)))
+    is_small = all(leaf.size <= _SMALL * leaf.shape[axis] for leaf in jax.tree.leaves(carry))
 
     def write(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         carry, written = state
-        if is_narrow:
+        if is_small:
             carry, out = jax.lax.platform_dependent(carry, i, cpu=body_on_cpu, default=body)
         else:
             carry, out = body(carry, i)
         return carry, jax.tree.map(lambda whole, leaf: set_step(whole, leaf, i, 0), written, out)
 
-    written = _zeros(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(steps), *leaf.shape), leaf.dtype), like))
+    written = jax.tree.map(lambda leaf: jnp.zeros((len(steps), *leaf.shape), leaf.dtype), packed)
     carry, written = jax.lax.fori_loop(0, len(steps), write, (carry, written))
     return carry, packing.unpack(written)
 
@@ -68,17 +63,18 @@ def _zeros(like: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
-def _is_narrow(leaf: Any) -> bool:
-    return leaf.size <= _NARROW * leaf.shape[-1]
+def _is_narrow(leaf: Any, axis: int) -> bool:
+    return leaf.size <= _NARROW * leaf.shape[axis]
 
 
 class _Packing:
-    """How the narrow floats and flags of a tree are written as one row, beside what is left."""
+    """How the narrow floats and flags of a tree are written as one row, with chains last, beside what is left."""
 
-    def __init__(self, like: Any):
+    def __init__(self, like: Any, axis: int):
+        self.axis = axis
         self.leaves, self.tree = jax.tree.flatten(like)
         self.dtype = jnp.result_type(float)
-        self.in_row = [leaf.dtype in (self.dtype, bool) and _is_narrow(leaf) for leaf in self.leaves]
+        self.in_row = [leaf.dtype in (self.dtype, bool) and _is_narrow(leaf, axis) for leaf in self.leaves]
         narrow = [i for i, is_in in enumerate(self.in_row) if is_in]
         #: the numbers of leaves of the same width
         self.groups = [
@@ -86,14 +82,16 @@ class _Packing:
         ]
 
     def _width(self, i: int) -> int:
-        return self.leaves[i].size // self.leaves[i].shape[-1]
+        return self.leaves[i].size // self.leaves[i].shape[self.axis]
 
     def pack(self, tree: Any) -> tuple[list[Array], list[Array]]:
         """A row, if any, and what is left."""
         found = jax.tree.leaves(tree)
-        groups = [
-            _stacked([found[i].reshape(self._width(i), -1).astype(self.dtype) for i in group]) for group in self.groups
-        ]
+
+        def part(i: int) -> Array:
+            return jnp.moveaxis(found[i], self.axis, -1).reshape(self._width(i), -1).astype(self.dtype)
+
+        groups = [_stacked([part(i) for i in group]) for group in self.groups]
         row = [jnp.concatenate([group.reshape(-1, group.shape[-1]) for group in groups])] if groups else []
         return row, [leaf for leaf, is_in in zip(found, self.in_row) if not is_in]
 
@@ -104,7 +102,9 @@ class _Packing:
         at = 0
         for i in (i for group in self.groups for i in group):
             like, width = self.leaves[i], self._width(i)
-            found[i] = rows[0][:, at : at + width].reshape(-1, *like.shape).astype(like.dtype)
+            shape = jax.eval_shape(lambda leaf: jnp.moveaxis(leaf, self.axis, -1), like).shape
+            part = rows[0][:, at : at + width].reshape(-1, *shape).astype(like.dtype)
+            found[i] = jax.vmap(lambda leaf: jnp.moveaxis(leaf, -1, self.axis))(part)
             at += width
         return jax.tree.unflatten(self.tree, found)
 
