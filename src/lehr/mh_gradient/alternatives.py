@@ -60,7 +60,7 @@ class Lives(NamedTuple):
 class Trace(NamedTuple):
     """What each step of each chain leaves for the gradient: its decision, and what the alternatives after it add.
 
-    Axes are steps, what a chain has, chains, as in all loops here.
+    Axes are steps, what a chain has, chains.
     """
 
     low: Shaped[Array, "num_steps dim num_chains"]
