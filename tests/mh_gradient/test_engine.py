@@ -7,7 +7,7 @@ import pytest
 
 import lehr
 from lehr import mh_gradient as mh
-from lehr.mh_gradient import gradient
+from lehr.mh_gradient import alternatives, gradient
 from lehr.mh_gradient.packed_scan import scan_chains
 
 
@@ -128,3 +128,45 @@ def test_only_dear_densities_are_searched_for_decisions_that_count(loops, search
     )
     assert jnp.isfinite(jax.grad(expectation)(0.5, jax.random.key(0)))
     assert bool(searched) == searches
+
+
+def settings(name):
+    """Functions made anew: what was compiled for another layout is not taken again."""
+    plain = {
+        "log_density": lambda params, x: -jnp.sum((x - params) ** 2) / 2,
+        "f": lambda x: x,
+        "proposal": mh.RandomWalk(1.5),
+        "coupling": mh.MaximalReflection(),
+        "x0": jnp.zeros(2),
+    }
+    return (
+        plain
+        | {
+            "plain": {},
+            "slots": {"num_alternatives": 3, "has_aux": True},
+            "pairs": {"f": lambda p, x, x_new: {"a": x * x_new * p, "b": x_new[0] ** 2}, "consecutive": True},
+            "along paths": {"proposal": lambda params: mh.MALA(jnp.exp(params)), "f": lambda x: jnp.sum(x**3)},
+            "spins": {
+                "log_density": lambda params, x: params * jnp.sum(x * jnp.roll(x, 1)),
+                "f": lambda x: x[0] * x[2],
+                "proposal": mh.HeatBath.checkerboard(4),
+                "coupling": mh.MonotoneSpin(),
+                "x0": jnp.ones(4),
+            },
+        }[name]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*the alternative has not met")
+@pytest.mark.parametrize("name", ["plain", "slots", "pairs", "along paths", "spins"])
+def test_chains_on_either_axis(name, monkeypatch):
+    """The same numbers, over several groups of steps and some that are left."""
+    monkeypatch.setattr(alternatives, "_NUMBERS", 1)
+
+    def found():
+        expectation = lehr.mh_expectation(**settings(name), num_steps=211, burn_in=10, num_chains=3)
+        return jax.jacrev(expectation, has_aux=name == "slots")(0.3, jax.random.key(0))
+
+    last = found()
+    monkeypatch.setattr(alternatives, "_FEW_DIMENSIONS", 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found(), last)
