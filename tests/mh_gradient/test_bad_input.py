@@ -324,6 +324,11 @@ COMPILED = {
     ),
     "nothing accepted": ({"proposal": RandomWalk(1e6)}, "no proposal was accepted", 0.5),
     "support": ({"log_density": scaled, "proposal": RandomWalk(0.6), "num_steps": 60}, MESSAGE, 1.0),
+    "start, of parameters of f alone": (
+        {"log_density": lambda params, x: jnp.sum(jnp.outer(x, jnp.ones(300))) - jnp.inf, "f": lambda p, x: p * x[0]},
+        "the log density is not finite at x0",
+        0.5,
+    ),
 }
 
 
@@ -334,6 +339,13 @@ def test_compiled_gradients_find_the_same(name, transform):
     keys = KEY if transform is jax.grad else KEY[None]
     with pytest.raises(RuntimeError, match=message):
         jax.block_until_ready(jax.jit(transform(expectation(**options)))(params, keys))
+
+
+def test_compiled_diagnostics_find_the_same():
+    options, message, params = COMPILED["later"]
+    function = expectation(**options, has_aux=True)
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(jax.jit(lambda params: function(params, KEY)[1].acceptance)(params))
 
 
 @pytest.mark.filterwarnings("ignore:.*the alternative has not met")  # with four chains

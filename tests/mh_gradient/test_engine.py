@@ -43,6 +43,12 @@ def test_a_row_is_as_precise_as_the_numbers(x64):
     np.testing.assert_array_equal(x, by_hand(jnp.zeros((2, 4)), jnp.arange(3), z)[1][0])
 
 
+def test_outputs_without_numbers():
+    _, found = scan_chains(lambda x, k, z: (x, (x[:0], x)), jnp.ones((2, 4)), jnp.arange(3), jnp.zeros((3, 4)), -1)
+    assert found[0].shape == (3, 0, 4)
+    np.testing.assert_array_equal(found[1], np.ones((3, 2, 4)))
+
+
 def test_a_loop_without_outputs():
     x, out = scan_chains(lambda x, k, z: (x + k, None), jnp.zeros(4), jnp.arange(3), jnp.zeros((3, 4)), -1)
     assert out is None

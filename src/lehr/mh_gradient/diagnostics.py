@@ -85,7 +85,7 @@ def _unmet(ages: Array, num_steps: int) -> Float[Array, ""]:
 def warned_of_unmet(x: Array, ages: Array, num_steps: int) -> Array:
     """The same x: to compute it warns where alternatives do not meet their chains, also from compiled code.
 
-    `ages` are those of the alternatives at the end, 0 for a slot that is empty.
+    `ages` are those of the alternatives at the end, 0 for a slot that is empty. Nobody is warned if x is not used.
 
     (A callback that nothing waits for would be an effect, and a function with effects is called through Python: that
     takes 0.1 ms a call, as long as a short run of chains.)

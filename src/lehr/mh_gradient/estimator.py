@@ -30,6 +30,8 @@ class Kept(NamedTuple):
     accepted: Any
     after: Any
     weights: Float[Array, "num_steps m num_chains"]
+    #: where f is differentiated in parameters of its own: 1 after burn-in, else 0
+    counts: Any
 
 
 class Estimator(eqx.Module):
@@ -142,13 +144,11 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
         before = jnp.concatenate([starts.T[None], kept.after[:-1]])
-        is_counted = jnp.arange(chains.plan.num_steps) >= chains.plan.burn_in
-        counts = jnp.broadcast_to(is_counted[:, None], weights.shape)
 
         def of(floats: Any, row: Any) -> Array:
             return jnp.vdot(scale, chains.row(eqx.combine(floats, others))(*row))
 
-        direct = weighted_gradient(of, floats, (before, kept.after), counts * 1.0)
+        direct = weighted_gradient(of, floats, (before, kept.after), kept.counts)
         found = jax.tree.map(jnp.add, found, direct)
     return found
 

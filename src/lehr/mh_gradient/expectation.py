@@ -230,14 +230,19 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
             "out: give a lehr.mh_gradient.DensityRatio",
         )
     means, weights = run.mean * one, _by_decision(estimator, trace) * one
-    kept = Kept(trace.low, trace.high, trace.tag, trace.accepted, trace.after, weights)
+    counts = None
+    if trace.after is not None:
+        counts = jnp.where(jnp.arange(plan.num_steps)[:, None] >= plan.burn_in, one, 0)
+        counts = jnp.broadcast_to(counts, trace.coefficient.shape)
+    kept = Kept(trace.low, trace.high, trace.tag, trace.accepted, trace.after, weights, counts)
     if not estimator.has_aux:
         return (jnp.mean(means, axis=0), None), kept
     each = each_gradient(params, estimator, keys, kept)
     error = jax.tree.map(_error, each)
+    found = diagnose(run, plan.num_steps, largest_weight(params, estimator, kept, largest_kappas(trace)))
     aux = eqx.tree_at(
         lambda d: (d.value_error, d.gradient_error),
-        diagnose(run, plan.num_steps, largest_weight(params, estimator, kept, largest_kappas(trace))),
+        jax.tree.map(lambda leaf: leaf * one, found),
         (_error(means), error),
         is_leaf=lambda leaf: leaf is None,
     )

@@ -113,13 +113,13 @@ def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, wei
         index = jnp.searchsorted(running, i * size + 1 + jnp.arange(size))
         # What fills the last chunk repeats its first row, with weight 0.
         weight = jnp.where(index < num, flat[jnp.minimum(index, num - 1)], 0)
-        return add(total, row_of(rows, jnp.where(index < num, index, index[0])), weight)
+        return add(total, row_of(rows, jnp.where(index < num, index, jnp.minimum(index[0], num - 1))), weight)
 
     return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
 
 
 def row_of(rows: Any, index: Int[Array, " size"]) -> Any:
-    """Of leaves `(num_steps, ..., num_chains)` the rows of these numbers, `(size, ...)`; chains are counted first."""
+    """Of leaves `(num_steps, ..., num_chains)` the rows of these numbers, step * num_chains + chain: `(size, ...)`."""
 
     def taken(leaf: Array) -> Array:
         num_chains = leaf.shape[-1]

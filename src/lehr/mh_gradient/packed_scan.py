@@ -1,8 +1,8 @@
 """A loop over the steps of chains that writes the few numbers of a step as one row.
 
-On a CPU the body of a loop is a list of kernels, and every array that it writes is one of them. A list of up to eight
-runs without a scheduler, that costs each kernel more than to compute a few chains; and the branch of a conditional is a
-list of its own.
+On a CPU the body of a loop is a list of kernels, one for every array that it writes. XLA runs a list of more than eight
+through a scheduler, which takes longer for a kernel than the kernel for a few chains. So there are few arrays; and the
+step is the branch of a conditional, which is a list of its own.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 #: numbers a chain, up to which an output is written in the row: a wide one takes longer there than alone
 _NARROW = 4
-#: numbers a chain, up to which what is carried is soon copied, as a conditional does
+#: numbers a chain, up to which a conditional, which copies what the loop carries, is worth it
 _SMALL = 16
 
 
@@ -24,10 +24,11 @@ def scan_chains(
 ) -> Any:
     """`lax.scan` of `step(carry, k, input)`, a function of one chain, for all chains at once, k = steps[0], ...
 
-    `axis` is that of the chains, in the carry and in what an input and an output are of each step.
+    Inputs and outputs have a first axis of steps. `axis` is that of the chains, in the carry, and in what is left of an
+    input or an output when its step is taken.
     """
     of_all = jax.vmap(step, in_axes=(axis, None, axis), out_axes=axis)
-    # An index below 0 would be looked for.
+    # No index is below 0: to look for one would be another kernel.
     of_step = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
     set_step = functools.partial(jax.lax.dynamic_update_index_in_dim, allow_negative_indices=False)
     first = jax.eval_shape(lambda inputs: jax.tree.map(lambda leaf: leaf[0], inputs), inputs)
@@ -68,13 +69,18 @@ def _is_narrow(leaf: Any, axis: int) -> bool:
 
 
 class _Packing:
-    """How the narrow floats and flags of a tree are written as one row, with chains last, beside what is left."""
+    """How the narrow floats and flags of a tree are written as one row, with chains last, beside what is left.
+
+    (Whole numbers and other precisions are left: as floats of this width they might not be what they were.)
+    """
 
     def __init__(self, like: Any, axis: int):
         self.axis = axis
         self.leaves, self.tree = jax.tree.flatten(like)
         self.dtype = jnp.result_type(float)
-        self.in_row = [leaf.dtype in (self.dtype, bool) and _is_narrow(leaf, axis) for leaf in self.leaves]
+        self.in_row = [
+            leaf.dtype in (self.dtype, bool) and leaf.size > 0 and _is_narrow(leaf, axis) for leaf in self.leaves
+        ]
         narrow = [i for i, is_in in enumerate(self.in_row) if is_in]
         #: the numbers of leaves of the same width
         self.groups = [

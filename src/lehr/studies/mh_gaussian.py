@@ -142,7 +142,6 @@ def _gradients(expectation: Any, keys: Array) -> np.ndarray:
         # Couplings that do not meet are here on purpose.
         warnings.filterwarnings("ignore", message="in .* of the chains the alternative has not met")
         found = np.asarray(run(keys), np.float64)
-        jax.effects_barrier()
     return found
 
 
