@@ -69,7 +69,9 @@ class LinearRegression:
             raise InputError(
                 f"the {d} columns of the design have rank {rank}: remove the {d - rank} that the others determine"
             )
-        if not np.all(np.isfinite(X.T @ X / np.square(float(noise_scale)))):
+        with np.errstate(all="ignore"):
+            precision = X.T @ X / np.square(float(noise_scale))
+        if not np.all(np.isfinite(precision)):
             raise InputError(f"noise_scale = {noise_scale} is too small beside the design: scale both")
         set_ = object.__setattr__  # the instance is frozen
         set_(self, "design", X)
