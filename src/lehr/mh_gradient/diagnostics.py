@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lehr.mh_gradient.alternatives import Run, Trace, largest_kappas
+from lehr.mh_gradient.alternatives import Run
+from lehr.mh_gradient.trace import Trace, largest_kappas
 
 #: share of the chains whose last alternative has lived for half of the run
 _WORTH_A_WARNING = 0.1

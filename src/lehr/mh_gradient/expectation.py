@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.mh_gradient.alternatives import Record, Run, by_decision, largest_kappas, run_chains
+from lehr.mh_gradient.alternatives import Run, run_chains
 from lehr.mh_gradient.births import STRENGTHS, WEIGHTS, Strength, Weights
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.couplings import AbstractCoupling
@@ -19,6 +19,7 @@ from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_
 from lehr.mh_gradient.gradient import not_again, row_of, support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
+from lehr.mh_gradient.trace import Record, by_decision, largest_kappas
 
 #: with as many steps, over all chains, of which none is accepted, nothing has been sampled
 _ENOUGH = 100
