@@ -1,11 +1,12 @@
 """The cost of a gradient through Metropolis-Hastings: its time over that of the chains alone, in one run.
 
-    python -m benchmarks.mh_gradient [--chains 64] [--steps 200] [--repeats 15]
+    python -m benchmarks.mh_gradient [--chains 64] [--steps 200] [--repeats 15] [--only NAME]
 
-Targets of one parameter each, by random walk and maximal reflection: N(theta, I) in one, three and ten dimensions; a
+Targets of one parameter each. By random walk and maximal reflection: N(theta, I) in one, three and ten dimensions; a
 mixture of eight Gaussians in one; the posterior of a logistic regression of 500 data in ten dimensions, of which the
-parameter is the prior's log scale. Times are medians of interleaved calls. (Networks of a thousand to a million
-parameters: `lehr study dimension`.)
+parameter is the prior's log scale. By uniform proposals: the entropy over three components, of which the parameter is
+the observation. By the heat bath: the specific heat of the Ising model, of which it is the temperature. Times are
+medians of interleaved calls. (Networks of a thousand to a million parameters: `lehr study dimension`.)
 """
 
 import argparse
@@ -13,14 +14,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import lehr
-from lehr.mh_gradient import MaximalReflection, RandomWalk
+from lehr.mh_gradient import (
+    DiscreteUniform,
+    HeatBath,
+    MaximalIndependent,
+    MaximalReflection,
+    MonotoneSpin,
+    RandomWalk,
+)
 from lehr.numerics import bernoulli_log_prob
+from lehr.studies import mh_ising, mh_mixture
 
 
 def gaussian(theta: Any, x: Any) -> Any:
@@ -43,39 +53,66 @@ def mixture(theta: Any, x: Any) -> Any:
     return jax.nn.logsumexp(-((x[0] - theta - jnp.linspace(-3, 3, 8)) ** 2) / 2)
 
 
-TARGETS: dict[str, tuple[Callable[[Any, Any], Any], int, float]] = {
-    "N(theta, 1)": (gaussian, 1, 2.38),
-    "mixture of eight": (mixture, 1, 5.0),
-    "N(theta, I), d = 3": (gaussian, 3, 1.37),
-    "N(theta, I), d = 10": (gaussian, 10, 0.75),
-    "logistic, n = 500, d = 10": (logistic(500, 10), 10, 0.1),
+def mean_of_first(
+    log_density: Callable[[Any, Any], Any], dimension: int, scale: float, **lengths: int
+) -> Callable[[Any, Any], Any]:
+    """The mean of the first coordinate, by random walk and maximal reflection."""
+    proposal, coupling, x0 = RandomWalk(scale), MaximalReflection(), jnp.zeros(dimension)
+    return lehr.mh_expectation(log_density, lambda x: x[0], proposal, coupling, x0, **lengths)
+
+
+def entropy(**lengths: int) -> Callable[[Any, Any], Any]:
+    """Of the posterior of three components, as in `lehr study mixture`."""
+    proposal, coupling, x0 = DiscreteUniform(3), MaximalIndependent(), jnp.ones(1, jnp.int32)
+    shares = lehr.mh_expectation(mh_mixture.log_density, mh_mixture.one_hot, proposal, coupling, x0, **lengths)
+    return lambda obs, key: mh_mixture.entropy(shares(obs, key))
+
+
+def specific_heat(side: int, **lengths: int) -> Callable[[Any, Any], Any]:
+    """A site's, of the Ising model by the heat bath, as in `lehr study ising`."""
+
+    def f(x: Any) -> Any:
+        energy = mh_ising.energy(x) / side
+        return jnp.stack([energy, energy**2])
+
+    bath, x0 = HeatBath.checkerboard(side, side), jnp.ones(side * side)
+    moments = lehr.mh_expectation(mh_ising.log_density, f, bath, MonotoneSpin(), x0, **lengths)
+
+    def heat(temperature: Any, key: Any) -> Any:
+        mean, square = moments(temperature, key)
+        return (square - mean**2) / temperature**2
+
+    return heat
+
+
+#: of lengths makes a function of (parameter, key); and the parameter
+CASES: dict[str, tuple[Callable[..., Callable[[Any, Any], Any]], float]] = {
+    "N(theta, 1)": (partial(mean_of_first, gaussian, 1, 2.38), 0.5),
+    "mixture of eight": (partial(mean_of_first, mixture, 1, 5.0), 0.5),
+    "N(theta, I), d = 3": (partial(mean_of_first, gaussian, 3, 1.37), 0.5),
+    "N(theta, I), d = 10": (partial(mean_of_first, gaussian, 10, 0.75), 0.5),
+    "logistic, n = 500, d = 10": (partial(mean_of_first, logistic(500, 10), 10, 0.1), 0.5),
+    "three components": (entropy, 0.4),
+    "Ising, 12 x 12": (partial(specific_heat, 12), 2.6),
+    "Ising, 32 x 32": (partial(specific_heat, 32), 2.6),
 }
 
 
 def measure(name: str, num_chains: int, num_steps: int, repeats: int) -> tuple[float, float, float]:
     """Median seconds of the chains alone and of value and gradient, and the median of their ratios."""
-    log_density, dimension, scale = TARGETS[name]
-    expectation = lehr.mh_expectation(
-        log_density,
-        lambda x: x[0],
-        RandomWalk(scale),
-        MaximalReflection(),
-        jnp.zeros(dimension),
-        num_steps=num_steps,
-        burn_in=num_steps // 4,
-        num_chains=num_chains,
-    )
-    calls = [jax.jit(expectation), jax.jit(jax.value_and_grad(expectation))]
+    make, value = CASES[name]
+    function = make(num_steps=num_steps, burn_in=num_steps // 4, num_chains=num_chains)
+    calls = [jax.jit(function), jax.jit(jax.value_and_grad(function))]
+    param, keys = jnp.asarray(value), [jax.random.key(i) for i in range(5)]
     for call in calls:
-        jax.block_until_ready(call(jnp.asarray(0.5), jax.random.key(0)))
-    theta, keys = jnp.asarray(0.5), [jax.random.key(i) for i in range(5)]
+        jax.block_until_ready(call(param, keys[0]))
     rows = []
     for _ in range(repeats):
         times = []
         for call in calls:
             start = time.perf_counter()
             for key in keys:
-                jax.block_until_ready(call(theta, key))
+                jax.block_until_ready(call(param, key))
             times.append((time.perf_counter() - start) / len(keys))
         rows.append(times)
     alone, both = (statistics.median(column) for column in zip(*rows))
@@ -87,8 +124,9 @@ def main() -> int:
     parser.add_argument("--chains", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", choices=CASES, help="this target alone")
     options = parser.parse_args()
-    for name in TARGETS:
+    for name in [options.only] if options.only else CASES:
         alone, both, ratio = measure(name, options.chains, options.steps, options.repeats)
         each = 1e9 / (options.chains * options.steps)
         print(

@@ -7,7 +7,7 @@ import pytest
 
 import lehr
 from lehr import mh_gradient as mh
-from lehr.mh_gradient import alternatives, gradient
+from lehr.mh_gradient import alternatives, gradient, trace
 from lehr.mh_gradient.packed_scan import scan_chains
 
 
@@ -64,9 +64,10 @@ def dear(params, row):
     return jax.lax.fori_loop(0, 1, lambda _, __: cheap(params, row), jnp.zeros(()))
 
 
+@pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("of", [cheap, dear])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 1.0])
-def test_the_sum_over_decisions(of, share, monkeypatch):
+def test_the_sum_over_decisions(of, share, axis, monkeypatch):
     """Over steps in several chunks and some that are left; rows without a weight have no finite gradient."""
     monkeypatch.setattr(gradient, "_AT_ONCE", 400)
     generator = np.random.default_rng(0)
@@ -74,7 +75,8 @@ def test_the_sum_over_decisions(of, share, monkeypatch):
     rows, weights = generator.random((199, 2, 5)) + 1, np.where(used, generator.normal(size=used.shape), 0)
     params = {"a": jnp.asarray([0.3, 0.7]), "b": jnp.asarray(2.0), "unused": jnp.ones((3, 2), jnp.float16)}
     filled = jnp.asarray(np.where(used[:, None], rows, -1.0), jnp.float32)
-    found = gradient.weighted_gradient(of, params, filled, jnp.asarray(weights, jnp.float32))
+    filled = filled if axis else jnp.moveaxis(filled, -1, 1)
+    found = gradient.weighted_gradient(of, params, filled, jnp.asarray(weights, jnp.float32), axis)
     expected = np.einsum("kc,kjc->j", weights, np.sqrt(rows))
     np.testing.assert_allclose(found["a"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["b"], weights.sum(), rtol=1e-4, atol=1e-5)
@@ -82,16 +84,20 @@ def test_the_sum_over_decisions(of, share, monkeypatch):
     np.testing.assert_array_equal(found["unused"], np.zeros((3, 2)))
 
 
+@pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("largest_index", [gradient._LARGEST_INDEX, 10])
-def test_rows_by_their_numbers(largest_index, monkeypatch):
+def test_rows_by_their_numbers(largest_index, axis, monkeypatch):
     """Also of arrays so large that a whole number of 32 bits does not count them."""
     monkeypatch.setattr(gradient, "_LARGEST_INDEX", largest_index)
     leaves = np.arange(4 * 2 * 3).reshape(4, 2, 3), np.arange(4 * 3).reshape(4, 3), None
     index = np.array([0, 1, 5, 11])
-    wide, narrow, nothing = gradient.row_of(jax.tree.map(jnp.asarray, leaves), jnp.asarray(index))
-    np.testing.assert_array_equal(wide, np.moveaxis(leaves[0], 1, 2).reshape(12, 2)[index])
+    rows = np.moveaxis(leaves[0], -1, 1)
+    given = jax.tree.map(jnp.asarray, (leaves[0] if axis else rows, *leaves[1:]))
+    wide, narrow, nothing = gradient.row_of(given, jnp.asarray(index), axis)
+    np.testing.assert_array_equal(wide, rows.reshape(12, 2)[index])
     np.testing.assert_array_equal(narrow, index)
     assert nothing is None
+    np.testing.assert_array_equal(gradient.row_of(given, jnp.asarray(5), axis)[0], wide[2])
 
 
 def test_many_parameters_that_are_not_used_take_no_memory():
@@ -174,5 +180,5 @@ def test_chains_on_either_axis(name, monkeypatch):
         return jax.jacrev(expectation, has_aux=name == "slots")(0.3, jax.random.key(0))
 
     last = found()
-    monkeypatch.setattr(alternatives, "_FEW_DIMENSIONS", 0)
+    monkeypatch.setattr(trace, "_FEW_DIMENSIONS", 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found(), last)

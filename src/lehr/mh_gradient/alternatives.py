@@ -28,12 +28,10 @@ from lehr.mh_gradient.kernel import choose
 from lehr.mh_gradient.packed_scan import scan_chains
 from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
-from lehr.mh_gradient.trace import Lives, Record, Trace
+from lehr.mh_gradient.trace import Lives, Record, Trace, chains_axis
 
 #: numbers in a group of steps, of all chains' positions: what fits a cache
 _NUMBERS = 2**17
-#: dimensions, up to which chains are the last axis
-_FEW_DIMENSIONS = 10
 #: numbers that f of a chain reads and writes, up to which it is taken of all steps at once
 _CHEAP = 100
 
@@ -99,9 +97,7 @@ def run_chains(
     Without, to the same numbers, but for the rounding of sums.
     `f(x, x_new)` gives a row; plain functions ignore x.
     """
-    # In few dimensions operations run along the chains, many at once, and a gradient takes half the time. In many they
-    # run along the dimensions anyway, and a density of a whole lattice or matrix would turn it round in each step.
-    axis = -1 if x0.shape[1] <= _FEW_DIMENSIONS else 0
+    axis = chains_axis(x0.shape[1])
     engine = _Engine(sampler, f, plan, rule, gradient, record, axis)
     start = engine.of_chains(sampler.start)(_moved(x0, 0, axis))
 
@@ -117,7 +113,9 @@ def run_chains(
             return (engine.chains(sums, steps, noise), slots), None
         sums, moves, values = engine.recorded_chains(sums, steps, noise)
         slots, trace = engine.alternatives(slots, steps, moves, extra, engine.births(moves, extra), values)
-        return (sums, slots), jax.vmap(lambda of_step: _moved(of_step, axis, -1))(trace)
+        # Positions stay as they are: rows of many numbers are taken from them as they lie.
+        turned = jax.vmap(lambda of_step: _moved(of_step, axis, -1))(trace._replace(decision=None, after=None))
+        return (sums, slots), turned._replace(decision=trace.decision, after=trace.after)
 
     width = jax.eval_shape(f, x0[0], x0[0])
     # Sums of many numbers of half precision would end at a few thousand.
@@ -218,7 +216,8 @@ class _Engine(NamedTuple):
         each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
         def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
-            (move, extra), newborn, newborn_strength, value = inputs
+            (move, extra), birth, value = inputs
+            newborn = self.sampler.newborn(move, birth)
             points, met = each(lambda point: self.sampler.follow(move, point, extra))(slots.point)
             lives = ~met
             if plan.consecutive:
@@ -227,9 +226,9 @@ class _Engine(NamedTuple):
                 lives = slots.apart
             strength = jnp.where(lives, slots.strength, 0)
             # A free slot, if there is one, else that of the weakest: there the newborn is kept by its share.
-            total = jnp.min(strength) + newborn_strength
+            total = jnp.min(strength) + birth.strength
             here = jnp.arange(strength.size) == jnp.argmin(strength) if strength.ndim else jnp.asarray(True)
-            taken = here & (extra.coin * total < newborn_strength)
+            taken = here & (extra.coin * total < birth.strength)
             is_met = (slots.strength > 0) & ~lives if record.lives else None
             slots = Alternatives(
                 point=each(lambda is_new, y: choose(is_new, newborn, y))(taken, points),
@@ -247,13 +246,11 @@ class _Engine(NamedTuple):
             lives = Lives(slots.strength, is_met) if record.lives else None
             return slots, (contribution, taken, lives)
 
-        inputs = ((moves, extra), births.point, births.strength, values)
+        inputs = ((moves, extra), births, values)
         slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs, self.axis)
         is_some = births.strength > 0
         return slots, Trace(
-            low=births.low,
-            high=births.high,
-            tag=None if self.rule.proposal_gradient is None else births.tag,
+            decision=births.decision,
             coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
             taken=taken,
             contribution=contribution,

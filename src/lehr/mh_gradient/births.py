@@ -31,13 +31,21 @@ STRENGTHS = ("distance", "acceptance", "gradient", "uniform")
 FLIP, SCORE, SCALE = 0, -1, 1
 
 
-class Birth(NamedTuple):
-    """An alternative, and what its weight is the gradient of: `coefficient` times grad log_factor(low, high, tag)."""
+class Ends(NamedTuple):
+    """A decision of Metropolis-Hastings: where the chain is, and where it would be; of other births, old and new."""
 
-    point: Any
     low: Any
     high: Any
-    tag: Any
+    #: what the weight is the gradient of; None where all births are flips
+    tag: Any = None
+
+
+class Birth(NamedTuple):
+    """An alternative, and the decision it is born of: its weight is `coefficient` times grad log_factor of that."""
+
+    #: None where it follows from the decision
+    point: Any
+    decision: Any
     coefficient: Any
     strength: Any
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from lehr.mh_gradient.kernel import Kernel
 from lehr.mh_gradient.proposals import AbstractProposal, OwnProposal
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import DensityRatio, Target
+from lehr.mh_gradient.trace import chains_axis
 
 
 class Chains(eqx.Module):
@@ -59,6 +60,10 @@ class Chains(eqx.Module):
         """The first positions `(num_chains, dim)`."""
         x0 = self._x0(params)
         return jnp.broadcast_to(x0, (self.num_chains, *x0.shape[-1:]))
+
+    def axis(self, params: Any) -> Literal[0, -1]:
+        """Of chains, in arrays of positions."""
+        return chains_axis(self._x0(params).shape[-1])
 
     def _x0(self, params: Any) -> Array:
         """As given, floats as wide as those of densities and proposals."""

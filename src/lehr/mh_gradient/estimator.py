@@ -1,6 +1,6 @@
 """An expectation with its rule for alternatives, and its gradient from what they gathered."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,17 +21,24 @@ from lehr.mh_gradient.target import DensityRatio
 class Kept(NamedTuple):
     """Of all chains, what the gradient needs: decisions, their weights, and positions where f is differentiated.
 
-    Axes are steps, what a chain has, chains.
+    Axes are those of a `Trace`.
     """
 
-    low: Array
-    high: Array
-    tag: Any
+    decision: Any
     accepted: Any
     after: Any
     weights: Float[Array, "num_steps m num_chains"]
     #: where f is differentiated in parameters of its own: 1 after burn-in, else 0
     counts: Any
+
+    def of_chain(self, i: Array, axis: Literal[0, -1]) -> "Kept":
+        """The same of one chain; `axis` is that of positions."""
+
+        def taken(tree: Any, axis: int) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1, axis), tree)
+
+        decision, after = taken((self.decision, self.after), -1 if axis == -1 else 1)
+        return taken(self._replace(decision=None, after=None), -1)._replace(decision=decision, after=after)
 
 
 class Estimator(eqx.Module):
@@ -104,18 +111,17 @@ class Estimator(eqx.Module):
 
 
 def log_factor(estimator: Estimator, params: Any, row: Any) -> Array:
-    """Of a decision (low, high, tag): its weight is that of the gradient of this, a scalar."""
-    flips_only = estimator.own_births.proposal_gradient is None
-    return estimator.chains.sampler(params).log_factor(*row, flips_only=flips_only)
+    """Of a decision: its weight is that of the gradient of this, a scalar."""
+    return estimator.chains.sampler(params).log_factor(row)
 
 
 def each_gradient(params: Any, estimator: Estimator, keys: Array, kept: Kept) -> Any:
     """Of every chain and entry of the row: leaves `(num_chains, m, ...)`."""
-    width = kept.weights.shape[1]
+    width, axis = kept.weights.shape[1], estimator.chains.axis(params)
 
     def of_chain(row: Any) -> Any:
         key, index = row
-        one = jax.tree.map(lambda leaf: leaf[..., index][..., None], kept)
+        one = kept.of_chain(index, axis)
         return jax.vmap(lambda ct: gradient_of(params, estimator, key[None], one, ct, index))(jnp.eye(width))
 
     return jax.lax.map(of_chain, (keys, jnp.arange(len(keys))))
@@ -143,12 +149,13 @@ def gradient_of(params: Any, estimator: Estimator, keys: Array, kept: Kept, ct: 
     found = _finite(found)
     if chains.f_takes_params:
         starts = jax.lax.dynamic_slice_in_dim(chains.starts(params), first, num)
-        before = jnp.concatenate([starts.T[None], kept.after[:-1]])
+        axis = chains.axis(params)
+        before = jnp.concatenate([jnp.moveaxis(starts, 0, axis)[None], kept.after[:-1]])
 
         def of(floats: Any, row: Any) -> Array:
             return jnp.vdot(scale, chains.row(eqx.combine(floats, others))(*row))
 
-        direct = weighted_gradient(of, floats, (before, kept.after), kept.counts)
+        direct = weighted_gradient(of, floats, (before, kept.after), kept.counts, axis)
         found = jax.tree.map(jnp.add, found, direct)
     return found
 
@@ -167,7 +174,8 @@ def _weighted(pass_over: Any, estimator: Estimator, floats: Any, others: Any, ke
     def of(floats: Any, row: Any) -> Array:
         return log_factor(estimator, eqx.combine(floats, others), row)
 
-    return pass_over(of, floats, (kept.low, kept.high, kept.tag), weights)
+    params = eqx.combine(floats, others)
+    return pass_over(of, floats, kept.decision, weights, estimator.chains.axis(params))
 
 
 def _finite(gradient: Any) -> Any:

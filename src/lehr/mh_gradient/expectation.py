@@ -182,8 +182,8 @@ def _run(params: Any, estimator: Estimator, keys: Array, *, alone: bool) -> Run:
     sampler, f = chains.sampler(params), chains.row(params)
     rule = None if alone else estimator.own_births
 
-    def gradient(low: Array, high: Array, tag: Array) -> Array:
-        found = jax.grad(lambda p: log_factor(estimator, p, (low, high, tag)))(params)
+    def gradient(decision: Any) -> Array:
+        found = jax.grad(lambda p: log_factor(estimator, p, decision))(params)
         return ravel_pytree(found)[0]
 
     needed = rule is not None and (rule.strength == "gradient" or rule.weights == "single-sided")
@@ -218,15 +218,15 @@ def _checked(run: Run, num_steps: int) -> Array:
 def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, Any]:
     """Value and diagnostics, and what the gradient needs: `Kept`, or with diagnostics the gradient itself."""
     run = _run(params, estimator, keys, alone=False)
-    plan, trace = estimator.chains.plan, run.trace
+    chains, plan, trace = estimator.chains, estimator.chains.plan, run.trace
     one = warned_of_unmet(_checked(run, plan.num_steps), run.ages, plan.num_steps)
-    if not isinstance(estimator.chains.density, DensityRatio):
+    if not isinstance(chains.density, DensityRatio):
         num = trace.coefficient.size
         some = jnp.arange(0, num, -(-num // 256))
-        low, high = row_of((trace.low, trace.high), some)
+        low, high = jax.vmap(chains.sampler(params).ends)(row_of(trace.decision, some, chains.axis(params)))
         one = eqx.error_if(
             one,
-            support_moves(estimator.chains.density, params, low, high),
+            support_moves(chains.density, params, low, high),
             "the support of the log density depends on the parameters, so that its gradient misses what moves in and "
             "out: give a lehr.mh_gradient.DensityRatio",
         )
@@ -235,7 +235,7 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     if trace.after is not None:
         counts = jnp.where(jnp.arange(plan.num_steps)[:, None] >= plan.burn_in, one, 0)
         counts = jnp.broadcast_to(counts, trace.coefficient.shape)
-    kept = Kept(trace.low, trace.high, trace.tag, trace.accepted, trace.after, weights, counts)
+    kept = Kept(trace.decision, trace.accepted, trace.after, weights, counts)
     if not estimator.has_aux:
         return (jnp.mean(means, axis=0), None), kept
     each = each_gradient(params, estimator, keys, kept)

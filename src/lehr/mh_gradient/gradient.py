@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -26,16 +26,20 @@ _LARGEST_INDEX = 2**31 - 1
 
 
 def weighted_gradient(
-    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, "num_steps num_chains"]
+    of: Callable[[Any, Any], Array],
+    params: Any,
+    rows: Any,
+    weights: Float[Array, "num_steps num_chains"],
+    axis: Literal[0, -1] = -1,
 ) -> Any:
     """sum_i weights_i grad_params of(params, row_i), over the rows with weights that are not 0, in chunks.
 
-    Rows are leaves `(num_steps, ..., num_chains)`.
+    Rows are leaves `(num_steps, ..., num_chains)`, or with axis 0 `(num_steps, num_chains, ...)`.
     """
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     # A parameter that is not used has a gradient too: one for each row, if all are taken.
-    if num_params + numbers_in(of, params, jax.tree.map(lambda leaf: leaf[0, ..., 0], rows)) <= _FEW:
-        return _over_all(of, params, rows, weights)
+    if num_params + numbers_in(of, params, row_of(rows, jnp.asarray(0), axis)) <= _FEW:
+        return _over_all(of, params, rows, weights, axis)
     size = max(_SMALLEST, min(_LARGEST, weights.size // 16, _NUMBERS // max(num_params, 1)))
 
     def add(total: Any, rows: Any, weight: Array) -> Any:
@@ -44,12 +48,12 @@ def weighted_gradient(
 
         return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
 
-    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, size)
+    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, axis, size)
 
 
-def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:
+def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array, axis: int) -> Any:
     """`weighted_gradient` with a gradient of every row."""
-    of_step = jax.vmap(jax.grad(of), in_axes=(None, -1), out_axes=-1)
+    of_step = jax.vmap(jax.grad(of), in_axes=(None, axis), out_axes=-1)
 
     def add(total: Any, some: Any) -> tuple[Any, None]:
         rows, weights = some
@@ -86,7 +90,11 @@ def numbers_in(of: Callable[..., Any], *arguments: Any) -> int | float:
 
 
 def largest_gradient(
-    of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Float[Array, "num_steps num_chains"]
+    of: Callable[[Any, Any], Array],
+    params: Any,
+    rows: Any,
+    weights: Float[Array, "num_steps num_chains"],
+    axis: Literal[0, -1] = -1,
 ) -> Float[Array, ""]:
     """max_i |weights_i| |grad_params of(params, row_i)|, over the rows with weights that are not 0, if any; else 0."""
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -99,10 +107,13 @@ def largest_gradient(
         return jnp.maximum(largest, jnp.max(jnp.abs(weight) * jax.vmap(norm)(rows)))
 
     # Here each row has a gradient of its own in memory.
-    return _over_used(add, jnp.zeros(()), rows, weights, max(1, min(_LARGEST, _NUMBERS // max(num_params, 1))))
+    size = max(1, min(_LARGEST, _NUMBERS // max(num_params, 1)))
+    return _over_used(add, jnp.zeros(()), rows, weights, axis, size)
 
 
-def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, weights: Array, size: int) -> Any:
+def _over_used(
+    add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, weights: Array, axis: Literal[0, -1], size: int
+) -> Any:
     """`total = add(total, rows, weights)` over chunks of the rows with weights that are not 0, with one first axis."""
     num, flat = weights.size, jnp.ravel(weights)
     size = min(num, size)
@@ -113,24 +124,26 @@ def _over_used(add: Callable[[Any, Any, Array], Any], total: Any, rows: Any, wei
         index = jnp.searchsorted(running, i * size + 1 + jnp.arange(size))
         # What fills the last chunk repeats its first row, with weight 0.
         weight = jnp.where(index < num, flat[jnp.minimum(index, num - 1)], 0)
-        return add(total, row_of(rows, jnp.where(index < num, index, jnp.minimum(index[0], num - 1))), weight)
+        return add(total, row_of(rows, jnp.where(index < num, index, jnp.minimum(index[0], num - 1)), axis), weight)
 
     return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
 
 
-def row_of(rows: Any, index: Int[Array, " size"]) -> Any:
-    """Of leaves `(num_steps, ..., num_chains)` the rows of these numbers, step * num_chains + chain: `(size, ...)`."""
+def row_of(rows: Any, index: Int[Array, "*size"], axis: Literal[0, -1]) -> Any:
+    """The rows of these numbers, step * num_chains + chain: leaves `(*size, ...)`."""
 
     def taken(leaf: Array) -> Array:
+        if axis == 0:
+            return leaf.reshape(-1, *leaf.shape[2:]).at[index].get(mode="promise_in_bounds")
         num_chains = leaf.shape[-1]
         shape = leaf.shape[1:-1]
         step, chain = jnp.divmod(index, num_chains)
         if leaf.size > _LARGEST_INDEX:
-            return jax.vmap(lambda step, chain: leaf[step, ..., chain])(step, chain)
+            return leaf[step, ..., chain]
         # One index a number: pairs of them take longer.
         first = step * (leaf.size // leaf.shape[0]) + chain
-        at = first[:, None] + num_chains * jnp.arange(math.prod(shape))
-        return jnp.ravel(leaf).at[at].get(mode="promise_in_bounds").reshape(-1, *shape)
+        at = first[..., None] + num_chains * jnp.arange(math.prod(shape))
+        return jnp.ravel(leaf).at[at].get(mode="promise_in_bounds").reshape(*index.shape, *shape)
 
     return jax.tree.map(taken, rows)
 

@@ -1,5 +1,6 @@
 """The heat bath (Gibbs sampler) for spins on a graph: all sites of a colour at once."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,10 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from lehr.errors import InputError, check_whole
-from lehr.mh_gradient.births import FLIP, Birth, flip_coefficient
+from lehr.mh_gradient.births import Birth, flip_coefficient
 from lehr.mh_gradient.couplings import Followed
 from lehr.mh_gradient.proposals import check_spins
 from lehr.mh_gradient.sampler import Extra, Gradient, Rule
@@ -106,13 +107,13 @@ def _turned(target: Target, x: Array) -> tuple[Array, Array, Array, Array]:
 
 
 class Sweep(NamedTuple):
-    """A step: the spins of one colour were drawn."""
+    """A step: the spins of one colour were drawn, each up where its log odds are above a logistic number."""
 
     old: Point
     after: Point
     colour: Bool[Array, " dim"]
-    probability: Float[Array, " dim"]
-    uniform: Float[Array, " dim"]
+    odds: Float[Array, " dim"]
+    logistic: Float[Array, " dim"]
 
     @property
     def accepted(self) -> Array:
@@ -121,15 +122,22 @@ class Sweep(NamedTuple):
 
     @property
     def log_ratio(self) -> Array:
-        """Finite: every state can be reached."""
-        return jnp.sum(self.probability) * 0
+        """Finite, if the log odds are numbers: every state can be reached."""
+        return jnp.where(jnp.any(jnp.isnan(self.odds)), jnp.nan, 0.0)
 
 
 class Drawn(NamedTuple):
     """Of a step: what follows from it, and not from its number, its noise, and where it began."""
 
     after: Point
-    probability: Float[Array, " dim"]
+    odds: Float[Array, " dim"]
+
+
+class Turned(NamedTuple):
+    """A decision: where the chain is, and the spin that would be the other way up."""
+
+    x: Float[Array, " dim"]
+    site: Int[Array, ""]
 
 
 class HeatBathSampler(eqx.Module):
@@ -143,10 +151,12 @@ class HeatBathSampler(eqx.Module):
         return self.target.at(x)
 
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Array) -> Array:
-        """Of the chain itself: a uniform number for each spin."""
-        return jax.random.uniform(jax.random.split(key)[0], (num_steps * x.shape[0],), x.dtype).reshape(
-            num_steps, *x.shape
-        )
+        """Of the chain itself: a logistic number L for each spin, P(L < r) = sigmoid(r).
+
+        (So that no chain or alternative takes an exponential of its own.)
+        """
+        uniform = jax.random.uniform(jax.random.split(key)[0], (num_steps * x.shape[0],), x.dtype)
+        return jax.scipy.special.logit(uniform).reshape(num_steps, *x.shape)
 
     def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
         """Of its alternatives, from the same key: whether one is kept, and at which site."""
@@ -157,51 +167,75 @@ class HeatBathSampler(eqx.Module):
     def move(self, k: Array, point: Point, noise: Array) -> Sweep:
         """A step."""
         colour = self._colour(k)
-        x, probability = self._drawn(point, colour, noise)
-        return Sweep(point, Point(x, point.log_prob, None), colour, probability, noise)
+        x, odds = self._drawn(point, colour, noise)
+        return Sweep(point, Point(x, point.log_prob, None), colour, odds, noise)
 
     def record(self, move: Sweep) -> Drawn:
         """What of a step is to be kept, to know all of it again."""
-        return Drawn(move.after, move.probability)
+        return Drawn(move.after, move.odds)
 
     def recall(self, k: Array, old: Point, did: Drawn, noise: Array) -> Sweep:
         """The step from `old` that left this record."""
-        return Sweep(old, did.after, self._colour(k), did.probability, noise)
+        return Sweep(old, did.after, self._colour(k), did.odds, noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
-        """Where another chain goes: by the same uniform numbers."""
+        """Where another chain goes: by the same logistic numbers."""
         del extra
-        x, _ = self._drawn(other, move.colour, move.uniform)
+        x, _ = self._drawn(other, move.colour, move.logistic)
         return Followed(Point(x, other.log_prob, None), jnp.all(x == move.after.x))
 
-    def log_factor(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
+    def ends(self, decision: Turned) -> tuple[Array, Array]:
+        """Where the chain is, and where it would be."""
+        return decision.x, _flipped(decision.x, decision.site)
+
+    def newborn(self, move: Sweep, birth: Birth) -> Point:
+        """The alternative that is born after a move."""
+        return Point(_flipped(move.after.x, birth.decision.site), move.after.log_prob, None)
+
+    def log_factor(self, decision: Turned) -> Float[Array, ""]:
         """log p(high) - log p(low)."""
-        del tag, flips_only
-        both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack([low, high]))
+        both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack(self.ends(decision)))
         return both[1] - both[0]
 
     def birth(self, move: Sweep, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """One site turned over, in proportion to the strength of each."""
         if gradient is not None:
             raise InputError("HeatBath knows no gradient of each site: take another strength, and two-sided weights")
-        up, p = move.after.x > 0, move.probability
+        up, p = move.after.x > 0, jax.nn.sigmoid(move.odds)
         coefficients = flip_coefficient(rule.weights, up, p, p * (1 - p), None)
         strengths = jnp.ones_like(p) if rule.strength == "uniform" else coefficients
         strengths = jnp.where(move.colour & (coefficients != 0), strengths, 0)
-        sums = jnp.cumsum(strengths)
-        site = jnp.clip(jnp.sum(sums <= extra.choice * sums[-1]), 0, len(p) - 1)
-        share = strengths[site] / jnp.where(sums[-1] > 0, sums[-1], 1)
+        site, total = _drawn_by(strengths, extra.choice)
+        share = strengths[site] / jnp.where(total > 0, total, 1)
         # Rounding may end at a site that cannot be chosen.
         found = share > 0
         coefficient = jnp.where(found, coefficients[site] / jnp.where(found, share, 1), 0)
-        low, high = move.after.x, move.after.x.at[site].multiply(-1)
-        point = Point(high, move.after.log_prob, None)
-        return Birth(point, low, high, jnp.asarray(FLIP), coefficient, jnp.where(found, sums[-1], 0))
+        return Birth(None, Turned(move.after.x, site), coefficient, jnp.where(found, total, 0))
 
     def _colour(self, k: Array) -> Array:
         return jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
 
-    def _drawn(self, point: Point, colour: Array, uniform: Array) -> tuple[Array, Array]:
+    def _drawn(self, point: Point, colour: Array, logistic: Array) -> tuple[Array, Array]:
         odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
-        probability = jax.nn.sigmoid(odds)
-        return jnp.where(colour, jnp.where(uniform < probability, 1, -1).astype(point.x.dtype), point.x), probability
+        return jnp.where(colour, jnp.where(logistic < odds, 1, -1).astype(point.x.dtype), point.x), odds
+
+
+def _flipped(x: Float[Array, " dim"], site: Array) -> Array:
+    return jnp.where(jnp.arange(len(x)) == site, -x, x)
+
+
+def _drawn_by(strengths: Float[Array, " dim"], uniform: Array) -> tuple[Array, Array]:
+    """A site, in proportion to its strength, by a uniform number; and the sum of all.
+
+    First a block of sites, then one of these: two short sums take less time than a running one over all.
+    """
+    num = strengths.shape[0]
+    width = math.isqrt(num - 1) + 1
+    blocks = jnp.pad(strengths, (0, -num % width)).reshape(-1, width)
+    of_blocks = jnp.cumsum(jnp.sum(blocks, axis=1))
+    total = of_blocks[-1]
+    aim = uniform * total
+    block = jnp.clip(jnp.sum(of_blocks <= aim), 0, len(blocks) - 1)
+    before = jnp.where(block > 0, of_blocks[block - 1], 0)
+    within = jnp.sum(before + jnp.cumsum(blocks[block]) <= aim)
+    return jnp.clip(block * width + within, 0, num - 1), total

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Strength, Weights, flip_coefficient
+from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Ends, Strength, Weights, flip_coefficient
 from lehr.mh_gradient.couplings import AbstractCoupling, Followed
 from lehr.mh_gradient.kernel import Kernel, Move, choose
 from lehr.mh_gradient.proposals import AbstractGaussian
@@ -19,8 +19,8 @@ from lehr.numerics import uniform_pairs
 ProposalGradient = Literal["pathwise", "score", "weak"]
 PROPOSAL_GRADIENTS = ("pathwise", "score", "weak")
 
-#: maps (low, high, tag) to the gradient of log_factor in the parameters, as one row
-Gradient = Callable[[Array, Array, Array], Array]
+#: maps a decision to the gradient of its log_factor in the parameters, as one row
+Gradient = Callable[[Any], Array]
 
 
 class Rule(NamedTuple):
@@ -129,17 +129,27 @@ class MetropolisHastings(eqx.Module):
         """Where another chain goes."""
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
-    def log_factor(self, low: Array, high: Array, tag: Any, *, flips_only: bool) -> Float[Array, ""]:
+    def ends(self, decision: Ends) -> tuple[Array, Array]:
+        """Where the chain is, and where it would be."""
+        return decision.low, decision.high
+
+    def newborn(self, move: Move, birth: Birth) -> Point:
+        """The alternative that is born after a move."""
+        del move
+        return birth.point
+
+    def log_factor(self, decision: Ends) -> Float[Array, ""]:
         """What weights are gradients of.
 
         Of a flip the log ratio of a step from low to high, for a `DensityRatio` the ratio; else log q, or a log scale.
         """
+        low, high, tag = decision
         target, proposal = self.kernel.target, self.kernel.proposal
         old, new = target.at(low), target.at(high)
         if isinstance(target.density, DensityRatio):
             return target.density.ratio(target.params, high, low) * jnp.exp(proposal.log_ratio(new, old))
         flip = self.kernel.log_ratio(new, old)
-        if flips_only:
+        if tag is None:
             return flip
         found = jnp.where(tag == SCORE, proposal.log_prob(old, high), flip)
         if isinstance(proposal, AbstractGaussian) and proposal.scale.value.ndim < 2:
@@ -165,6 +175,7 @@ class MetropolisHastings(eqx.Module):
 
     def _flip(self, move: Move, rule: Rule, gradient: Gradient | None) -> Birth:
         low, high = move.after.x, move.otherwise.x
+        ends = Ends(low, high, None if rule.proposal_gradient is None else jnp.asarray(FLIP))
         # Explicitly: the derivative of min(1, exp r) at r = 0 would be one half.
         alpha = jnp.exp(jnp.minimum(move.log_ratio, 0))
         moved = move.log_ratio < 0
@@ -173,21 +184,21 @@ class MetropolisHastings(eqx.Module):
         in_ratio = isinstance(self.kernel.target.density, DensityRatio)
         slope = moved * (1.0 if in_ratio else alpha)
         unit = jnp.where(move.accepted, alpha**2, 1.0) if in_ratio else 1.0
-        row = None if gradient is None else unit * gradient(low, high, jnp.asarray(FLIP))
+        row = None if gradient is None else unit * gradient(ends)
         rises = None if row is None else (row[0] > 0) != move.accepted
         coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
         distance = jnp.abs(high - low).astype(coefficient.dtype)
         strength = strength_of(rule.strength, coefficient, distance, row)
-        return Birth(move.otherwise, low, high, jnp.asarray(FLIP), unit * coefficient, strength)
+        return Birth(move.otherwise, ends, unit * coefficient, strength)
 
     def _fresh(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """grad log q(x, x') [F(x') - F(x'')], x'' another draw from x: the score, with a baseline of its own."""
         again = self.move(jnp.asarray(0), move.old, (extra.fresh, extra.log_uniform))
-        low, high, tag = move.old.x, move.new.x, jnp.asarray(SCORE)
+        ends = Ends(move.old.x, move.new.x, jnp.asarray(SCORE))
         coefficient = -jnp.ones_like(move.log_ratio)
-        row = None if gradient is None else gradient(low, high, tag)
+        row = None if gradient is None else gradient(ends)
         distance = jnp.abs(again.after.x - move.after.x).astype(coefficient.dtype)
-        return Birth(again.after, low, high, tag, coefficient, strength_of(rule.strength, coefficient, distance, row))
+        return Birth(again.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
     def _wider(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """The weak derivative of a Gaussian in its scale, along one dimension, drawn at random.
@@ -198,12 +209,11 @@ class MetropolisHastings(eqx.Module):
         z = move.noise
         m = jnp.where(z[extra.site] < 0, -1, 1) * jnp.sqrt(z[extra.site] ** 2 + 2 * extra.energy)
         wider = self.move(jnp.asarray(0), move.old, (z.at[extra.site].set(m), move.log_uniform))
-        tag = SCALE + extra.site
+        ends = Ends(move.old.x, move.new.x, SCALE + extra.site)
         coefficient = jnp.full_like(move.log_ratio, z.shape[0])
-        row = None if gradient is None else gradient(move.old.x, move.new.x, tag)
+        row = None if gradient is None else gradient(ends)
         distance = jnp.abs(wider.after.x - move.after.x).astype(coefficient.dtype)
-        strength = strength_of(rule.strength, coefficient, distance, row)
-        return Birth(wider.after, move.old.x, move.new.x, tag, coefficient, strength)
+        return Birth(wider.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
 
 def _split(key: PRNGKeyArray) -> Array:

@@ -1,11 +1,23 @@
 """What the steps of chains leave for the gradient: decisions, and what the alternatives born of them added."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
+
+#: dimensions, up to which chains are the last axis
+_FEW_DIMENSIONS = 10
+
+
+def chains_axis(dimension: int) -> Literal[0, -1]:
+    """Of chains, in arrays of positions, after that of steps if they have one.
+
+    In few dimensions operations run along the chains, many at once, and a gradient takes half the time. In many they
+    run along the dimensions anyway, and a density of a whole lattice or matrix would turn it round in each step.
+    """
+    return -1 if dimension <= _FEW_DIMENSIONS else 0
 
 
 class Record(NamedTuple):
@@ -26,20 +38,19 @@ class Lives(NamedTuple):
 class Trace(NamedTuple):
     """What each step of each chain leaves for the gradient: its decision, and what the alternatives after it add.
 
-    Axes are steps, what a chain has, chains.
+    Axes are steps, what a chain has, chains; but of positions, in many dimensions, steps, chains, dimensions.
     """
 
-    low: Shaped[Array, "num_steps dim num_chains"]
-    high: Shaped[Array, "num_steps dim num_chains"]
-    #: None if all births are flips
-    tag: Any
+    #: of which its alternative was born, in the form of the sampler: with positions
+    decision: Any
     #: c / m of the decision's alternative
     coefficient: Float[Array, "num_steps num_chains"]
     #: by slot: whether the decision's alternative was kept there, and M (f(Y) - f(X))
     taken: Bool[Array, "num_steps *slots num_chains"]
     contribution: Float[Array, "num_steps *slots m num_chains"]
-    #: whether it was accepted, and the position after the step, where the gradient needs them
+    #: where the gradient needs it, whether it was accepted
     accepted: Any
+    #: and the position after the step
     after: Any
     lives: Any
 
