@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lehr import cli
+import lehr
+from lehr import cli, linear_regression, mh_gradient, objectives
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 GRADIENT_NOISE = (Path(__file__).parents[1] / "docs" / "gradient-noise.md").read_text()
@@ -99,3 +100,22 @@ def test_the_two_commands_are_there():
 def test_every_file_it_names_is_there():
     for name in re.findall(r"\]\(([^):]+)\)", README):
         assert (Path(__file__).parents[1] / name).exists(), f"README.md links to {name}"
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {
+    "index": [getattr(lehr, name) for name in lehr.__all__ if name not in (*lehr._SUBPACKAGES, "mh_expectation")],
+    "objectives": [getattr(objectives, name) for name in objectives.__all__],
+    "linear_regression": [getattr(linear_regression, name) for name in linear_regression.__all__],
+    # Of the package, what it imports by name; not its modules.
+    "mh_gradient": [found for name, found in vars(mh_gradient).items() if name[0] != "_" and callable(found)],
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_reference_has_every_public_name(page):
+    """At its home, from where a page takes its docstring."""
+    text = (DOCS / "reference" / f"{page}.md").read_text()
+    entries = set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)) - {f"lehr.{page}"}
+    assert entries == {f"{found.__module__}.{found.__qualname__}" for found in PAGES[page]}
+    assert all(found.__doc__ for found in PAGES[page])

@@ -35,7 +35,8 @@ def anneal(
 
     Uncorrected kernels are summed as written (`Hamiltonian` needs one value of the target and one of the base in all,
     the others one a step). Exact kernels are summed in the equal but incremental form
-    sum_k (beta_k - beta_{k-1}) [log target - log base](x_{k-1}).
+
+        sum_k (beta_k - beta_{k-1}) [log target - log base](x_{k-1}).
 
     Arguments:
         key: a PRNG key.

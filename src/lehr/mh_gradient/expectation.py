@@ -90,7 +90,9 @@ def mh_expectation(
             that makes one of these from params.
         coupling: of `lehr.mh_gradient`, that fits the proposal.
         x0: the first position, `(dim,)` or `(num_chains, dim)`; or a function that makes it from params.
-        num_steps: n; burn_in: b < n, the first steps, which do not count; num_chains: N, which run side by side.
+        num_steps: n.
+        burn_in: b < n, the first steps, which do not count.
+        num_chains: N, which run side by side.
         weights: of births. "right" and "left" flip only rejections, or acceptances; "single-sided" the one that has a
             weight of at least 0, for one parameter.
         strength: by what alternatives are kept. All are unbiased; "gradient" (the norm of grad alpha) varies least, but
