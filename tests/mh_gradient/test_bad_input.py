@@ -14,6 +14,7 @@ from lehr.mh_gradient import (
     DensityRatio,
     DiscreteUniform,
     FullKernelMaximal,
+    HeatBath,
     MaximalIndependent,
     MaximalReflection,
     MonotoneSpin,
@@ -248,6 +249,20 @@ def test_log_densities_later(value):
 
     function = expectation(log_density=broken)
     failing(function, "the log density is NaN or infinite where the chain went: mend it, or give -inf")
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lattices_later(gradient):
+    """Of which nothing is evaluated but the derivative in the spins."""
+
+    def broken(params, x):
+        return params * jnp.sum(x * jnp.roll(x, 1)) * jnp.where(jnp.all(x > 0), 1.0, jnp.nan)
+
+    function = lehr.mh_expectation(
+        broken, lambda x: x[0], HeatBath.checkerboard(4), MonotoneSpin(), jnp.ones(4), num_steps=30, num_chains=4
+    )
+    # Compiled: what has values is looked at before it runs.
+    failing(jax.jit(jax.grad(function) if gradient else function), "NaN or infinite where the chain went")
 
 
 def test_a_density_may_end():

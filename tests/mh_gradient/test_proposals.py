@@ -26,7 +26,7 @@ from lehr.mh_gradient import (
     RandomWalk,
     SpinFlip,
 )
-from lehr.mh_gradient.heat_bath import HeatBathSampler
+from lehr.mh_gradient.heat_bath import HeatBathSampler, _drawn_by
 from lehr.mh_gradient.kernel import Kernel
 from lehr.mh_gradient.proposals import OwnProposal
 from lehr.mh_gradient.sampler import MetropolisHastings
@@ -312,6 +312,26 @@ DISCRETE = {
     "heat bath": (lambda: spins_chain(HeatBath(COLOURS)), SPINS.astype(np.float32), RING),
     "heat bath, four colours": (lambda: spins_chain(HeatBath(np.arange(4))), SPINS.astype(np.float32), RING),
 }
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 20, 144])
+def test_a_site_in_proportion_to_its_strength(num):
+    """Of some that cannot be drawn; each as often as evenly spread uniform numbers do."""
+    generator = np.random.default_rng(num)
+    strengths = np.where(generator.random(num) < 0.7, generator.random(num), 0)
+    strengths[generator.integers(num)] = 0.5
+    uniforms = (np.arange(20_000) + 0.5) / 20_000
+    sites, totals = jax.vmap(_drawn_by, in_axes=(None, 0))(jnp.asarray(strengths, jnp.float32), jnp.asarray(uniforms))
+    np.testing.assert_allclose(totals, strengths.sum(), rtol=1e-5)
+    shares = np.bincount(np.asarray(sites), minlength=num) / len(uniforms)
+    assert shares.shape == (num,)
+    np.testing.assert_allclose(shares, strengths / strengths.sum(), atol=2e-4)
+
+
+def test_no_site_at_all():
+    site, total = _drawn_by(jnp.zeros(5), jnp.asarray(0.3))
+    assert 0 <= site < 5
+    assert total == 0
 
 
 @pytest.mark.parametrize("name", DISCRETE)

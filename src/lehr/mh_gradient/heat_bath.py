@@ -235,7 +235,7 @@ def _drawn_by(strengths: Float[Array, " dim"], uniform: Array) -> tuple[Array, A
     of_blocks = jnp.cumsum(jnp.sum(blocks, axis=1))
     total = of_blocks[-1]
     aim = uniform * total
-    block = jnp.clip(jnp.sum(of_blocks <= aim), 0, len(blocks) - 1)
+    block = jnp.minimum(jnp.sum(of_blocks <= aim), len(blocks) - 1)
     before = jnp.where(block > 0, of_blocks[block - 1], 0)
     within = jnp.sum(before + jnp.cumsum(blocks[block]) <= aim)
-    return jnp.clip(block * width + within, 0, num - 1), total
+    return jnp.minimum(block * width + jnp.minimum(within, width - 1), num - 1), total
