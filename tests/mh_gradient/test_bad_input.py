@@ -265,6 +265,21 @@ def test_lattices_later(gradient):
     failing(jax.jit(jax.grad(function) if gradient else function), "NaN or infinite where the chain went")
 
 
+def test_a_lattice_that_is_looked_at_while_it_is_compiled():
+    """All but the key has values: what is wrong is said, and what is right runs."""
+    half = jnp.asarray(0.5)
+
+    def compiled(log_density):
+        mean = lehr.mh_expectation(
+            log_density, lambda x: x[0], HeatBath.checkerboard(4), MonotoneSpin(), jnp.ones(4), num_steps=30
+        )
+        return jax.jit(lambda key: mean(half, key))
+
+    assert -1 <= compiled(lambda params, x: params * jnp.sum(x * jnp.roll(x, 1)))(KEY) <= 1
+    with pytest.raises(InputError, match="not linear in spin"):
+        compiled(lambda params, x: params * jnp.sum(x**3 + x**2))(KEY)
+
+
 def test_a_density_may_end():
     # As the message says: this is what to give.
     mean = expectation(log_density=lambda p, x: jnp.where(x[0] > 1, -jnp.inf, log_density(p, x)))(0.5, KEY)

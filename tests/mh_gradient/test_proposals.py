@@ -314,6 +314,24 @@ DISCRETE = {
 }
 
 
+def test_spins_that_cannot_turn_do_not():
+    """Their probability is 0 in this precision; a uniform number of 0, one in eight millions, must not pass."""
+    target = Target(lambda params, x: -200 * jnp.sum(x), jnp.zeros(()), False)
+    sampler = HeatBathSampler(target, HeatBath(np.zeros(64, int)))
+    x = -jnp.ones(64)
+
+    @jax.jit
+    def turned(key):
+        noise = sampler.noise(key, 1_000_000, x)
+        odds = sampler.move(jnp.asarray(0), sampler.start(x), noise[0]).odds
+        return jnp.min(noise), jnp.sum(noise < odds)
+
+    lowest, num = turned(jax.random.key(0))
+    # 64 million numbers: such a zero was among them.
+    assert lowest < -80
+    assert num == 0
+
+
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 20, 144])
 def test_a_site_in_proportion_to_its_strength(num):
     """Of some that cannot be drawn; each as often as evenly spread uniform numbers do."""

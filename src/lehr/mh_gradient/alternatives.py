@@ -155,7 +155,7 @@ class _Engine(NamedTuple):
     rule: Any
     gradient: Any
     record: Record
-    #: of chains, in all but a trace
+    #: of chains; in a trace, of positions alone
     axis: Literal[0, -1]
 
     def of_chains(self, function: Callable[..., Any], in_axes: Any = None) -> Callable[..., Any]:

@@ -32,7 +32,11 @@ FLIP, SCORE, SCALE = 0, -1, 1
 
 
 class Ends(NamedTuple):
-    """A decision of Metropolis-Hastings: where the chain is, and where it would be; of other births, old and new."""
+    """A decision of Metropolis-Hastings, as what its weight is the gradient of.
+
+    Of a flip: where the chain is, and where it would be. Of a birth of the proposal's parameters, where it was, and
+    what was proposed.
+    """
 
     low: Any
     high: Any

@@ -234,7 +234,7 @@ class MonotoneSpin(AbstractCoupling):
     """Both chains turn the same spin, and agree on it as often as can be.
 
     Where they differ in that spin, one would go up and the other down, and y' is decided by 1 - u in place of u: so
-    both end up, or both down, as often as can be. With `HeatBath` the same uniform number decides on each spin of both
+    both end up, or both down, as often as can be. With `HeatBath` the same random number decides on each spin of both
     chains, and in ferromagnets order is kept: from x <= y, x' <= y'.
 
     For `SpinFlip` and `HeatBath`.

@@ -34,11 +34,11 @@ class Kept(NamedTuple):
     def of_chain(self, i: Array, axis: Literal[0, -1]) -> "Kept":
         """The same of one chain; `axis` is that of positions."""
 
-        def taken(tree: Any, axis: int) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1, axis), tree)
+        def sliced(tree: Any, along: int) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1, along), tree)
 
-        decision, after = taken((self.decision, self.after), -1 if axis == -1 else 1)
-        return taken(self._replace(decision=None, after=None), -1)._replace(decision=decision, after=after)
+        decision, after = sliced((self.decision, self.after), -1 if axis == -1 else 1)
+        return sliced(self._replace(decision=None, after=None), -1)._replace(decision=decision, after=after)
 
 
 class Estimator(eqx.Module):

@@ -51,7 +51,7 @@ def weighted_gradient(
     return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, axis, size)
 
 
-def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array, axis: int) -> Any:
+def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array, axis: Literal[0, -1]) -> Any:
     """`weighted_gradient` with a gradient of every row."""
     of_step = jax.vmap(jax.grad(of), in_axes=(None, axis), out_axes=-1)
 
@@ -94,7 +94,7 @@ def largest_gradient(
     params: Any,
     rows: Any,
     weights: Float[Array, "num_steps num_chains"],
-    axis: Literal[0, -1] = -1,
+    axis: Literal[0, -1],
 ) -> Float[Array, ""]:
     """max_i |weights_i| |grad_params of(params, row_i)|, over the rows with weights that are not 0, if any; else 0."""
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))

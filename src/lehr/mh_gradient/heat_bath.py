@@ -26,7 +26,7 @@ class HeatBath(eqx.Module):
 
     the derivative of a log density that is linear in each spin (on spins every function can be written so; x_i^2
     is 1, and should be). One gradient of the log density serves all sites. Takes the place of a proposal; couple it
-    with `MonotoneSpin`, by which both chains use the same uniform numbers.
+    with `MonotoneSpin`, by which both chains use the same random numbers.
 
     Arguments:
         colours: `(dim,)`, whole numbers from 0; no two sites of one colour may interact. Positions are floats, +1
@@ -79,7 +79,9 @@ class HeatBath(eqx.Module):
             raise InputError("HeatBath needs a log density: a DensityRatio is for proposals")
         if not is_concrete(x) or not all(map(is_concrete, jax.tree.leaves(target.params))):
             return
-        change, expected, influence, scale = map(np.asarray, _turned(target, jnp.asarray(x)))
+        # Also inside of a function that is compiled, where nothing of this depends on its arguments.
+        with jax.ensure_compile_time_eval():
+            change, expected, influence, scale = map(np.asarray, _turned(target, jnp.asarray(x)))
         site = int(np.argmax(np.abs(change - expected)))
         if not np.abs(change - expected)[site] < scale:
             raise InputError(
@@ -155,8 +157,8 @@ class HeatBathSampler(eqx.Module):
 
         (So that no chain or alternative takes an exponential of its own.)
         """
-        uniform = jax.random.uniform(jax.random.split(key)[0], (num_steps * x.shape[0],), x.dtype)
-        return jax.scipy.special.logit(uniform).reshape(num_steps, *x.shape)
+        key_spins, _ = jax.random.split(key)
+        return jax.random.logistic(key_spins, (num_steps * x.shape[0],), x.dtype).reshape(num_steps, *x.shape)
 
     def extra(self, key: PRNGKeyArray, num_steps: int, x: Array, rule: Rule) -> Extra:
         """Of its alternatives, from the same key: whether one is kept, and at which site."""
@@ -185,7 +187,7 @@ class HeatBathSampler(eqx.Module):
         return Followed(Point(x, other.log_prob, None), jnp.all(x == move.after.x))
 
     def ends(self, decision: Turned) -> tuple[Array, Array]:
-        """Where the chain is, and where it would be."""
+        """Where the chain is, and where it would be: of the first the density is positive."""
         return decision.x, _flipped(decision.x, decision.site)
 
     def newborn(self, move: Sweep, birth: Birth) -> Point:

@@ -130,7 +130,7 @@ class MetropolisHastings(eqx.Module):
         return self.coupling.follow(self.kernel, move, other, extra.coupling)
 
     def ends(self, decision: Ends) -> tuple[Array, Array]:
-        """Where the chain is, and where it would be."""
+        """The positions in a decision: of the first the density is positive."""
         return decision.low, decision.high
 
     def newborn(self, move: Move, birth: Birth) -> Point:

@@ -48,9 +48,9 @@ class Trace(NamedTuple):
     #: by slot: whether the decision's alternative was kept there, and M (f(Y) - f(X))
     taken: Bool[Array, "num_steps *slots num_chains"]
     contribution: Float[Array, "num_steps *slots m num_chains"]
-    #: where the gradient needs it, whether it was accepted
+    #: whether it was accepted; None where the gradient does not need it
     accepted: Any
-    #: and the position after the step
+    #: the position after the step; None where the gradient does not need it
     after: Any
     lives: Any
 
