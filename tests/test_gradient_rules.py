@@ -238,7 +238,9 @@ def annealed(name):
     return Annealer(targets.base_2d(), Schedule(jnp.array([0.2, -0.3])), KERNELS[name]())
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("fresh momentum", marks=pytest.mark.slow), "persistent momentum", "langevin"]
+)
 def test_annealed_gradients_are_unbiased(key, name):
     trained, n = (annealed(name), targets.mixture_2d()), 50_000
 
@@ -287,6 +289,7 @@ def test_one_particle_of_dreg_is_the_path_derivative(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *both(trained))
 
 
+@pytest.mark.slow
 def test_annealed_gradients_of_a_flow_are_unbiased(key):
     # The same flow for every seed: some have tails in which a few gradients are all of the variance.
     key_flow, key_moved = jax.random.split(jax.random.key(5))

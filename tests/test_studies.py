@@ -31,6 +31,7 @@ def test_agreement_compares_the_last_budget_only():
     assert by_pair["ais - hais"]["error"] == pytest.approx(0.3 * 2**0.5)
 
 
+@pytest.mark.slow
 def test_figure2_on_a_small_run(tmp_path, capsys):
     from lehr.cli import main
 
