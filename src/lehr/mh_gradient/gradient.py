@@ -117,16 +117,23 @@ def _over_used(
     """`total = add(total, rows, weights)` over chunks of the rows with weights that are not 0, with one first axis."""
     num, flat = weights.size, jnp.ravel(weights)
     size = min(num, size)
-    # The j-th used row is where their running count reaches j + 1.
-    running = jnp.cumsum(flat != 0)
+    count = jnp.cumsum(flat != 0)
+    # The indices of the used rows, one after another; a last place takes all others.
+    places = -(-num // size) * size
+    place = jnp.where(flat != 0, count - 1, places)
+    rising = jnp.arange(num, dtype=jnp.int32)
+    used = jnp.zeros(places + 1, jnp.int32).at[place].set(rising, mode="promise_in_bounds")
+    # What fills the last chunk repeats the first, with weight 0.
+    used = jnp.where(jnp.arange(places + 1) < count[-1], used, used[0])
 
     def chunk(i: Array, total: Any) -> Any:
-        index = jnp.searchsorted(running, i * size + 1 + jnp.arange(size))
-        # What fills the last chunk repeats its first row, with weight 0.
-        weight = jnp.where(index < num, flat[jnp.minimum(index, num - 1)], 0)
-        return add(total, row_of(rows, jnp.where(index < num, index, jnp.minimum(index[0], num - 1)), axis), weight)
+        index = jax.lax.dynamic_slice_in_dim(used, i * size, size, allow_negative_indices=False)
+        weight = jnp.where(i * size + jnp.arange(size) < count[-1], flat[index], 0)
+        # Always true; but the compiler does not know, and gives the branch the index as an array: else it finds a row's
+        # number again for each of the numbers in the row.
+        return jax.lax.cond(i >= 0, lambda: add(total, row_of(rows, index, axis), weight), lambda: total)
 
-    return jax.lax.fori_loop(0, -(-running[-1] // size), chunk, total)
+    return jax.lax.fori_loop(0, -(-count[-1] // size), chunk, total)
 
 
 def row_of(rows: Any, index: Int[Array, "*size"], axis: Literal[0, -1]) -> Any:
@@ -134,7 +141,9 @@ def row_of(rows: Any, index: Int[Array, "*size"], axis: Literal[0, -1]) -> Any:
 
     def taken(leaf: Array) -> Array:
         if axis == 0:
-            return leaf.reshape(-1, *leaf.shape[2:]).at[index].get(mode="promise_in_bounds")
+            return (
+                leaf.reshape(-1, *leaf.shape[2:]).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+            )
         num_chains = leaf.shape[-1]
         shape = leaf.shape[1:-1]
         step, chain = jnp.divmod(index, num_chains)
@@ -143,7 +152,12 @@ def row_of(rows: Any, index: Int[Array, "*size"], axis: Literal[0, -1]) -> Any:
         # One index a number: pairs of them take longer.
         first = step * (leaf.size // leaf.shape[0]) + chain
         at = first[..., None] + num_chains * jnp.arange(math.prod(shape))
-        return jnp.ravel(leaf).at[at].get(mode="promise_in_bounds").reshape(*index.shape, *shape)
+        return (
+            jnp.ravel(leaf)
+            .at[at]
+            .get(mode="promise_in_bounds", wrap_negative_indices=False)
+            .reshape(*index.shape, *shape)
+        )
 
     return jax.tree.map(taken, rows)
 
