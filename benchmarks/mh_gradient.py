@@ -7,7 +7,8 @@ mixture of eight Gaussians in one; the posterior of a logistic regression of 500
 parameter is the prior's log scale. By uniform proposals: the entropy over three components, of which the parameter is
 the observation. By the heat bath: the specific heat of the Ising model, of which it is the temperature. And some of
 which the gradient is dearer: single spins, proposals and couplings that use gradients or reject, a parameter of the
-proposal. Times are medians of interleaved calls. (Networks of a thousand to a million parameters: `lehr study dimension`.)
+proposal. Times are medians of interleaved calls. (Networks of a thousand to a million parameters: `lehr study
+dimension`.)
 """
 
 import argparse
