@@ -60,11 +60,17 @@ def mixture(theta: Any, x: Any) -> Any:
 
 
 def mean_of_first(
-    log_density: Callable[[Any, Any], Any], dimension: int, scale: float, **lengths: int
+    log_density: Callable[[Any, Any], Any], proposal: Any, coupling: Any, dimension: int, **lengths: int
 ) -> Callable[[Any, Any], Any]:
-    """The mean of the first coordinate, by random walk and maximal reflection."""
-    proposal, coupling, x0 = RandomWalk(scale), MaximalReflection(), jnp.zeros(dimension)
-    return lehr.mh_expectation(log_density, lambda x: x[0], proposal, coupling, x0, **lengths)
+    """The mean of the first coordinate."""
+    return lehr.mh_expectation(log_density, lambda x: x[0], proposal, coupling, jnp.zeros(dimension), **lengths)
+
+
+def by_random_walk(
+    log_density: Callable[[Any, Any], Any], dimension: int, scale: float
+) -> Callable[..., Callable[[Any, Any], Any]]:
+    """The same, by random walk and maximal reflection."""
+    return partial(mean_of_first, log_density, RandomWalk(scale), MaximalReflection(), dimension)
 
 
 def entropy(**lengths: int) -> Callable[[Any, Any], Any]:
@@ -99,11 +105,6 @@ def single_spins(dtype: Any, **lengths: int) -> Callable[[Any, Any], Any]:
     )
 
 
-def mean_by(proposal: Any, coupling: Any, dimension: int, **lengths: int) -> Callable[[Any, Any], Any]:
-    """The mean of the first coordinate of N(theta, I)."""
-    return lehr.mh_expectation(gaussian, lambda x: x[0], proposal, coupling, jnp.zeros(dimension), **lengths)
-
-
 def autocorrelation(**lengths: int) -> Callable[[Any, Any], Any]:
     """Of consecutive states of N(0, 1), as a function of the random walk's scale."""
     return lehr.mh_expectation(
@@ -119,20 +120,20 @@ def autocorrelation(**lengths: int) -> Callable[[Any, Any], Any]:
 
 #: of lengths makes a function of (parameter, key); and the parameter
 CASES: dict[str, tuple[Callable[..., Callable[[Any, Any], Any]], float]] = {
-    "N(theta, 1)": (partial(mean_of_first, gaussian, 1, 2.38), 0.5),
-    "mixture of eight": (partial(mean_of_first, mixture, 1, 5.0), 0.5),
-    "N(theta, I), d = 3": (partial(mean_of_first, gaussian, 3, 1.37), 0.5),
-    "N(theta, I), d = 10": (partial(mean_of_first, gaussian, 10, 0.75), 0.5),
-    "logistic, n = 500, d = 10": (partial(mean_of_first, logistic(500, 10), 10, 0.1), 0.5),
+    "N(theta, 1)": (by_random_walk(gaussian, 1, 2.38), 0.5),
+    "mixture of eight": (by_random_walk(mixture, 1, 5.0), 0.5),
+    "N(theta, I), d = 3": (by_random_walk(gaussian, 3, 1.37), 0.5),
+    "N(theta, I), d = 10": (by_random_walk(gaussian, 10, 0.75), 0.5),
+    "logistic, n = 500, d = 10": (by_random_walk(logistic(500, 10), 10, 0.1), 0.5),
     "three components": (entropy, 0.4),
     "Ising, 12 x 12": (partial(specific_heat, 12), 2.6),
     "Ising, 32 x 32": (partial(specific_heat, 32), 2.6),
     # What is known to take more than two and a half passes: docs/results.md says why.
     "single spins, 12 x 12": (partial(single_spins, jnp.float32), 4.0),
     "the same, int8": (partial(single_spins, jnp.int8), 4.0),
-    "MALA, d = 3": (partial(mean_by, MALA(1.0), MaximalReflection(), 3), 0.5),
-    "GCRefl, d = 10": (partial(mean_by, RandomWalk(0.75), GCRefl(), 10), 0.5),
-    "FullKernelMaximal, d = 1": (partial(mean_by, RandomWalk(2.38), FullKernelMaximal(), 1), 0.5),
+    "MALA, d = 3": (partial(mean_of_first, gaussian, MALA(1.0), MaximalReflection(), 3), 0.5),
+    "GCRefl, d = 10": (partial(mean_of_first, gaussian, RandomWalk(0.75), GCRefl(), 10), 0.5),
+    "FullKernelMaximal, d = 1": (partial(mean_of_first, gaussian, RandomWalk(2.38), FullKernelMaximal(), 1), 0.5),
     "the scale, pathwise": (autocorrelation, 1.5),
 }
 

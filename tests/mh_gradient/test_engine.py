@@ -179,6 +179,8 @@ def test_chains_on_either_axis(name, monkeypatch):
         expectation = lehr.mh_expectation(**settings(name), num_steps=211, burn_in=10, num_chains=3)
         return jax.jacrev(expectation, has_aux=name == "slots")(0.3, jax.random.key(0))
 
+    assert trace.chains_axis(2) == -1
     last = found()
     monkeypatch.setattr(trace, "_FEW_DIMENSIONS", 0)
+    assert trace.chains_axis(2) == 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found(), last)

@@ -114,7 +114,7 @@ class Sweep(NamedTuple):
     old: Point
     after: Point
     colour: Bool[Array, " dim"]
-    odds: Float[Array, " dim"]
+    log_odds: Float[Array, " dim"]
     logistic: Float[Array, " dim"]
 
     @property
@@ -125,17 +125,17 @@ class Sweep(NamedTuple):
     @property
     def log_ratio(self) -> Array:
         """Finite, if the log odds are numbers: every state can be reached."""
-        return jnp.where(jnp.any(jnp.isnan(self.odds)), jnp.nan, 0.0)
+        return jnp.where(jnp.any(jnp.isnan(self.log_odds)), jnp.nan, 0.0)
 
 
 class Drawn(NamedTuple):
     """Of a step: what follows from it, and not from its number, its noise, and where it began."""
 
     after: Point
-    odds: Float[Array, " dim"]
+    log_odds: Float[Array, " dim"]
 
 
-class Turned(NamedTuple):
+class SpinDecision(NamedTuple):
     """A decision: where the chain is, and the spin that would be the other way up."""
 
     x: Float[Array, " dim"]
@@ -169,16 +169,16 @@ class HeatBathSampler(eqx.Module):
     def move(self, k: Array, point: Point, noise: Array) -> Sweep:
         """A step."""
         colour = self._colour(k)
-        x, odds = self._drawn(point, colour, noise)
-        return Sweep(point, Point(x, point.log_prob, None), colour, odds, noise)
+        x, log_odds = self._drawn(point, colour, noise)
+        return Sweep(point, Point(x, point.log_prob, None), colour, log_odds, noise)
 
     def record(self, move: Sweep) -> Drawn:
         """What of a step is to be kept, to know all of it again."""
-        return Drawn(move.after, move.odds)
+        return Drawn(move.after, move.log_odds)
 
     def recall(self, k: Array, old: Point, did: Drawn, noise: Array) -> Sweep:
         """The step from `old` that left this record."""
-        return Sweep(old, did.after, self._colour(k), did.odds, noise)
+        return Sweep(old, did.after, self._colour(k), did.log_odds, noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
         """Where another chain goes: by the same logistic numbers."""
@@ -186,7 +186,7 @@ class HeatBathSampler(eqx.Module):
         x, _ = self._drawn(other, move.colour, move.logistic)
         return Followed(Point(x, other.log_prob, None), jnp.all(x == move.after.x))
 
-    def ends(self, decision: Turned) -> tuple[Array, Array]:
+    def ends(self, decision: SpinDecision) -> tuple[Array, Array]:
         """Where the chain is, and where it would be: of the first the density is positive."""
         return decision.x, _flipped(decision.x, decision.site)
 
@@ -194,7 +194,7 @@ class HeatBathSampler(eqx.Module):
         """The alternative that is born after a move."""
         return Point(_flipped(move.after.x, birth.decision.site), move.after.log_prob, None)
 
-    def log_factor(self, decision: Turned) -> Float[Array, ""]:
+    def log_factor(self, decision: SpinDecision) -> Float[Array, ""]:
         """log p(high) - log p(low)."""
         both = jax.vmap(lambda x: self.target.at(x).log_prob)(jnp.stack(self.ends(decision)))
         return both[1] - both[0]
@@ -203,30 +203,30 @@ class HeatBathSampler(eqx.Module):
         """One site turned over, in proportion to the strength of each."""
         if gradient is not None:
             raise InputError("HeatBath knows no gradient of each site: take another strength, and two-sided weights")
-        up, p = move.after.x > 0, jax.nn.sigmoid(move.odds)
+        up, p = move.after.x > 0, jax.nn.sigmoid(move.log_odds)
         coefficients = flip_coefficient(rule.weights, up, p, p * (1 - p), None)
         strengths = jnp.ones_like(p) if rule.strength == "uniform" else coefficients
         strengths = jnp.where(move.colour & (coefficients != 0), strengths, 0)
-        site, total = _drawn_by(strengths, extra.choice)
+        site, total = _site_by(strengths, extra.choice)
         share = strengths[site] / jnp.where(total > 0, total, 1)
         # Rounding may end at a site that cannot be chosen.
         found = share > 0
         coefficient = jnp.where(found, coefficients[site] / jnp.where(found, share, 1), 0)
-        return Birth(None, Turned(move.after.x, site), coefficient, jnp.where(found, total, 0))
+        return Birth(None, SpinDecision(move.after.x, site), coefficient, jnp.where(found, total, 0))
 
     def _colour(self, k: Array) -> Array:
         return jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
 
     def _drawn(self, point: Point, colour: Array, logistic: Array) -> tuple[Array, Array]:
-        odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
-        return jnp.where(colour, jnp.where(logistic < odds, 1, -1).astype(point.x.dtype), point.x), odds
+        log_odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
+        return jnp.where(colour, jnp.where(logistic < log_odds, 1, -1).astype(point.x.dtype), point.x), log_odds
 
 
 def _flipped(x: Float[Array, " dim"], site: Array) -> Array:
     return jnp.where(jnp.arange(len(x)) == site, -x, x)
 
 
-def _drawn_by(strengths: Float[Array, " dim"], uniform: Array) -> tuple[Array, Array]:
+def _site_by(strengths: Float[Array, " dim"], uniform: Array) -> tuple[Array, Array]:
     """A site, in proportion to its strength, by a uniform number; and the sum of all.
 
     First a block of sites, then one of these: two short sums take less time than a running one over all.
