@@ -177,6 +177,49 @@ def test_spin_flips_by_enumeration(x64, dtype):
         np.testing.assert_allclose(proposal.log_prob(point, new), -math.log(4), rtol=1e-12)
 
 
+def spins(params, x):
+    return params + 0.3 * jnp.sum(x * jnp.roll(x, 1) * 1.0)
+
+
+@eqx.filter_jit
+def moves_and_what_is_recalled(sampler, key, x):
+    """Of 40 steps."""
+
+    def step(point, inputs):
+        k, noise = inputs
+        move = sampler.move(k, point, noise)
+        return move.after, (point.x, move, sampler.recall(k, sampler.record(move), noise))
+
+    return jax.lax.scan(step, sampler.start(x), (jnp.arange(40), sampler.noise(key, 40, x)))[1]
+
+
+RECALLED = {
+    "walk": lambda target: (Kernel(target, RandomWalk(1.2)), jnp.zeros(3)),
+    "mala": lambda target: (Kernel(target, MALA(1.2)), jnp.zeros(3)),
+    "uniform": lambda target: (Kernel(target, DiscreteUniform(4)), jnp.zeros(3, jnp.int32)),
+    "spins": lambda target: (Kernel(target, SpinFlip()), jnp.ones(4)),
+    "spins of one byte": lambda target: (Kernel(target, SpinFlip()), jnp.ones(4, jnp.int8)),
+    "bath": lambda target: (target, jnp.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", RECALLED)
+def test_steps_are_recalled_exactly(key, name):
+    """What a step leaves for the gradient is all that it was, and nothing is kept that follows from the rest."""
+    target = Target(lambda params, x: spins(params, x) - 0.4 * jnp.sum(x**2.0), jnp.zeros(()), name == "mala")
+    of, x = RECALLED[name](target)
+    if name == "bath":
+        sampler = HeatBathSampler(target, HeatBath.checkerboard(4))
+    else:
+        sampler = MetropolisHastings(of, MaximalReflection())
+    before, moves, recalled = moves_and_what_is_recalled(sampler, key, x)
+    assert 0 < moves.accepted.mean() < 1
+    jax.tree.map(np.testing.assert_array_equal, moves, recalled)
+    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(moves), jax.tree.leaves(recalled)))
+    if name != "bath":
+        np.testing.assert_array_equal(before, moves.old.x)
+
+
 # Invariance: chains that start at exact draws of the target still have its moments.
 
 NUM_STEPS, NUM_CHAINS = 15, 20_000

@@ -79,6 +79,19 @@ class Plan(NamedTuple):
     consecutive: bool
 
 
+class Records(NamedTuple):
+    """Steps of the chains, as their alternatives see them."""
+
+    did: Any
+    noise: Any
+    #: what follows from these; not computed where it is not used
+    moves: Any
+    #: where each began; None where f is of one position
+    before: Any
+    #: of f
+    values: Any
+
+
 Averaged = Callable[[Array, Array], Float[Array, " m"]]
 
 
@@ -111,8 +124,8 @@ def run_chains(
         noise, extra = _chains_last(draw, keys) if axis == -1 else jax.vmap(draw, out_axes=1)(keys)
         if rule is None:
             return (engine.chains(sums, steps, noise), slots), None
-        sums, moves, values = engine.recorded_chains(sums, steps, noise)
-        slots, trace = engine.alternatives(slots, steps, moves, extra, engine.births(moves, extra), values)
+        sums, records = engine.recorded_chains(sums, steps, noise)
+        slots, trace = engine.alternatives(slots, steps, records, extra, engine.births(records.moves, extra))
         # Positions stay as they are: rows of many numbers are taken from them as they lie.
         turned = jax.vmap(lambda of_step: _moved(of_step, axis, -1))(trace._replace(decision=None, after=None))
         return (sums, slots), turned._replace(decision=trace.decision, after=trace.after)
@@ -172,33 +185,29 @@ class _Engine(NamedTuple):
 
         return scan_chains(step, sums, steps, noise, self.axis)[0]
 
-    def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Any, Array]:
-        """The same, with each of their moves and values of f, with a first axis of steps."""
+    def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Records]:
+        """The same, and all that happened in each step."""
+        f, x = self.of_chains(self.f), sums.point.x
+        # Of all steps at once if f is cheap; else it may take much memory, and the position was just written.
+        at_once = numbers_in(f, x, x) <= _CHEAP * x.shape[self.axis]
 
         def step(point: Point, k: Array, of_chain: Any) -> tuple[Point, Any]:
             move = self.sampler.move(k, point, of_chain)
-            return move.after, self.sampler.record(move)
+            value = None if at_once else self.f(point.x, move.after.x)
+            return move.after, (self.sampler.record(move), point.x if self.plan.consecutive else None, value)
 
-        last, did = scan_chains(step, sums.point, steps, noise, self.axis)
-        before = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), sums.point, did.after)
-        recall = self.of_chains(self.sampler.recall, in_axes=(None, self.axis, self.axis, self.axis))
-        moves = jax.vmap(recall)(steps, before, did, noise)
-        values = self._values(before.x, did.after.x)
+        last, (did, before, values) = scan_chains(step, sums.point, steps, noise, self.axis)
+        moves = jax.vmap(self.of_chains(self.sampler.recall, in_axes=(None, self.axis, self.axis)))(steps, did, noise)
+        if at_once:
+            after = moves.after.x
+            values = jax.vmap(f)(after if before is None else before, after)
         counted = jnp.where((steps >= self.plan.burn_in)[:, None, None], values, 0)
-        num_accepted = jnp.sum(jax.vmap(self.of_chains(_accepted))(moves), axis=0)
-        return (
-            Sums(last, sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype), sums.num_accepted + num_accepted),
-            moves,
-            values,
+        sums = Sums(
+            last,
+            sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype),
+            sums.num_accepted + jnp.sum(jax.vmap(self.of_chains(_accepted))(moves), axis=0),
         )
-
-    def _values(self, before: Array, after: Array) -> Array:
-        """f of each step."""
-        f = self.of_chains(self.f)
-        if numbers_in(f, before[0], after[0]) <= _CHEAP * before.shape[1:][self.axis]:
-            return jax.vmap(f)(before, after)
-        # Not at once where f may take much memory.
-        return jax.lax.map(lambda positions: f(*positions), (before, after))
+        return sums, Records(did, noise, moves, before, values)
 
     def births(self, moves: Any, extra: Any) -> Birth:
         """What could be born of each move."""
@@ -209,14 +218,20 @@ class _Engine(NamedTuple):
         return jax.lax.map(lambda row: of_step(*row), (moves, extra))
 
     def alternatives(
-        self, slots: Alternatives, steps: Array, moves: Any, extra: Any, births: Birth, values: Array
+        self, slots: Alternatives, steps: Array, records: Records, extra: Any, births: Birth
     ) -> tuple[Alternatives, Trace]:
         """The alternatives after these steps, and what they add."""
         plan, record = self.plan, self.record
+        # In many dimensions the positions of a move are not written again, but made from its record when it is used; in
+        # few that would be several more slices of arrays in a step.
+        is_wide, moves = self.axis == 0, records.moves
+        records = records._replace(moves=None) if is_wide else records._replace(did=None, noise=None)
         each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
         def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
-            (move, extra), birth, value = inputs
+            (did, noise, move, before, value), extra, birth = inputs
+            if is_wide:
+                move = self.sampler.recall(k, did, noise)
             newborn = self.sampler.newborn(move, birth)
             points, met = each(lambda point: self.sampler.follow(move, point, extra))(slots.point)
             lives = ~met
@@ -232,26 +247,26 @@ class _Engine(NamedTuple):
             is_met = (slots.strength > 0) & ~lives if record.lives else None
             slots = Alternatives(
                 point=each(lambda is_new, y: choose(is_new, newborn, y))(taken, points),
-                previous=each(lambda is_new, y: jnp.where(is_new, move.old.x, y))(taken, slots.point.x)
+                previous=each(lambda is_new, y: jnp.where(is_new, before, y))(taken, slots.point.x)
                 if plan.consecutive
                 else None,
                 apart=(slots.apart & ~met) | taken if plan.consecutive else None,
                 strength=jnp.where(here, total, strength).astype(slots.strength.dtype),
             )
-            before = slots.previous if plan.consecutive else slots.point.x
-            others = each(self.f)(before, slots.point.x)
+            others = each(self.f)(slots.previous if plan.consecutive else slots.point.x, slots.point.x)
             # M is 0 where none lives, but f may not be finite there.
             counts = (slots.strength > 0) & (k >= plan.burn_in)
             contribution = jnp.where(counts[..., None], slots.strength[..., None] * (others - value), 0)
             lives = Lives(slots.strength, is_met) if record.lives else None
             return slots, (contribution, taken, lives)
 
-        inputs = ((moves, extra), births, values)
+        inputs = records, extra, births
         slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs, self.axis)
         is_some = births.strength > 0
         return slots, Trace(
             decision=births.decision,
             coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
+            forbidden=jax.vmap(self.of_chains(lambda move: move.log_ratio == -jnp.inf))(moves),
             taken=taken,
             contribution=contribution,
             accepted=moves.accepted if record.accepted else None,

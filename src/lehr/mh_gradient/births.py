@@ -32,13 +32,14 @@ FLIP, SCORE, SCALE = 0, -1, 1
 
 
 class Ends(NamedTuple):
-    """A decision of Metropolis-Hastings, as what its weight is the gradient of.
+    """A decision of Metropolis-Hastings, as what its weight is the gradient of; positions in the form that is kept.
 
     Of a flip: where the chain is, and where it would be. Of a birth of the proposal's parameters, where it was, and
     what was proposed.
     """
 
     low: Any
+    #: of an involutive proposal the noise that leads there
     high: Any
     #: what the weight is the gradient of; None where all births are flips
     tag: Any = None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
-from lehr.mh_gradient.kernel import Kernel, Move, choose
+from lehr.mh_gradient.kernel import Kernel, Move, at_same_place, choose
 from lehr.mh_gradient.proposals import (
     AbstractGaussian,
     AbstractProposal,
@@ -77,7 +77,7 @@ class AbstractCoupling(eqx.Module):
         new = kernel.target.at(x_new)
         accepted = self.log_uniform(move, other) < kernel.log_ratio(new, other)
         after = choose(accepted, new, other)
-        met = jnp.all(after.x == move.after.x) if same is None else same & accepted & move.accepted
+        met = at_same_place(after.x, move.after.x) if same is None else same & accepted & move.accepted
         return Followed(after, met)
 
 
@@ -251,7 +251,9 @@ class MonotoneSpin(AbstractCoupling):
         return Proposed(kernel.proposal.propose(other, move.noise))
 
     def log_uniform(self, move: Move, other: Point) -> Float[Array, ""]:
-        agree = move.old.x[move.noise] == other.x[move.noise]
+        # The spin that was turned, or not, where the chain is now: no other position needs to be made.
+        spin = move.after.x[move.noise]
+        agree = jnp.where(move.accepted, -spin, spin) == other.x[move.noise]
         return jnp.where(agree, move.log_uniform, jnp.log(-jnp.expm1(move.log_uniform)))
 
 

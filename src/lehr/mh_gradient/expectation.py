@@ -19,7 +19,7 @@ from lehr.mh_gradient.estimator import Estimator, Kept, each_gradient, gradient_
 from lehr.mh_gradient.gradient import not_again, row_of, support_moves
 from lehr.mh_gradient.sampler import PROPOSAL_GRADIENTS, ProposalGradient, Rule
 from lehr.mh_gradient.target import DensityRatio
-from lehr.mh_gradient.trace import Record, by_decision, largest_kappas
+from lehr.mh_gradient.trace import Record, Trace, by_decision, largest_kappas
 
 #: with as many steps, over all chains, of which none is accepted, nothing has been sampled
 _ENOUGH = 100
@@ -222,16 +222,13 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     run = _run(params, estimator, keys, alone=False)
     chains, plan, trace = estimator.chains, estimator.chains.plan, run.trace
     one = warned_of_unmet(_checked(run, plan.num_steps), run.ages, plan.num_steps)
-    if not isinstance(chains.density, DensityRatio):
-        num = trace.coefficient.size
-        some = jnp.arange(0, num, -(-num // 256))
-        low, high = jax.vmap(chains.sampler(params).ends)(row_of(trace.decision, some, chains.axis(params)))
-        one = eqx.error_if(
-            one,
-            support_moves(chains.density, params, low, high),
+    density = chains.density
+    if not isinstance(density, DensityRatio):
+        text = (
             "the support of the log density depends on the parameters, so that its gradient misses what moves in and "
-            "out: give a lehr.mh_gradient.DensityRatio",
+            "out: give a lehr.mh_gradient.DensityRatio"
         )
+        one = eqx.error_if(one, _support_moves(density, chains, params, trace), text)
     means, weights = run.mean * one, _by_decision(estimator, trace) * one
     counts = None
     if trace.after is not None:
@@ -251,6 +248,19 @@ def _with_trace(params: Any, estimator: Estimator, keys: Array) -> tuple[Any, An
     )
     mean_gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each)
     return (jnp.mean(means, axis=0), aux), mean_gradient
+
+
+def _support_moves(log_density: Callable[[Any, Array], Array], chains: Chains, params: Any, trace: Trace) -> Array:
+    """Whether what was proposed where the density is 0 has some for parameters a little off; of many, 256 are tried."""
+
+    def tried() -> Array:
+        count = jnp.cumsum(trace.forbidden)
+        among = jnp.minimum(jnp.linspace(1, count[-1], 256).astype(int), count[-1])
+        index = jnp.searchsorted(count, among)
+        decisions = row_of(trace.decision, index, chains.axis(params))
+        return support_moves(log_density, params, *jax.vmap(chains.sampler(params).ends)(decisions))
+
+    return jax.lax.cond(jnp.any(trace.forbidden), tried, lambda: jnp.asarray(False))
 
 
 def _error(of_chains: Array) -> Array:

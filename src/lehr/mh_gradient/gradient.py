@@ -19,6 +19,8 @@ from lehr.errors import InputError
 #: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
 #: one, of which the last call wastes some
 _SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
+#: numbers in these rows, of which a density makes several arrays: what fits a cache
+_IN_ROWS = 2**18
 #: up to so many numbers a row, to take all gradients costs less than to find the rows that count; and rows at once
 _FEW, _AT_ONCE = 100, 2**16
 #: of 32 bits
@@ -38,9 +40,11 @@ def weighted_gradient(
     """
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     # A parameter that is not used has a gradient too: one for each row, if all are taken.
-    if num_params + numbers_in(of, params, row_of(rows, jnp.asarray(0), axis)) <= _FEW:
+    row = row_of(rows, jnp.asarray(0), axis)
+    if num_params + numbers_in(of, params, row) <= _FEW:
         return _over_all(of, params, rows, weights, axis)
-    size = max(_SMALLEST, min(_LARGEST, weights.size // 16, _NUMBERS // max(num_params, 1)))
+    width = sum(leaf.size for leaf in jax.tree.leaves(row))
+    size = max(_SMALLEST, min(_LARGEST, weights.size // 16, _NUMBERS // max(num_params, 1), _IN_ROWS // width))
 
     def add(total: Any, rows: Any, weight: Array) -> Any:
         def summed(params: Any) -> Array:
@@ -199,4 +203,4 @@ def support_moves(log_density: Callable[[Any, Array], Array], params: Any, insid
         both = jax.vmap(lambda x, y: log_density(near, y) - log_density(near, x))(inside, outside)
         return jnp.any((both > -50.0) & zero)
 
-    return jax.lax.cond(jnp.any(zero), lambda: moved(0.01) | moved(-0.01), lambda: jnp.asarray(False))
+    return moved(0.01) | moved(-0.01)

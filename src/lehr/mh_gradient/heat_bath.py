@@ -13,7 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.births import Birth, flip_coefficient
 from lehr.mh_gradient.couplings import Followed
-from lehr.mh_gradient.proposals import check_spins
+from lehr.mh_gradient.kernel import at_same_place
+from lehr.mh_gradient.proposals import check_spins, flipped, spins_kept, spins_of
 from lehr.mh_gradient.sampler import Extra, Gradient, Rule
 from lehr.mh_gradient.target import DensityRatio, Point, Target
 from lehr.numerics import is_concrete, uniform_pairs
@@ -111,16 +112,12 @@ def _turned(target: Target, x: Array) -> tuple[Array, Array, Array, Array]:
 class Sweep(NamedTuple):
     """A step: the spins of one colour were drawn, each up where its log odds are above a logistic number."""
 
-    old: Point
     after: Point
+    #: the share of the spins that turned over
+    accepted: Float[Array, ""]
     colour: Bool[Array, " dim"]
     log_odds: Float[Array, " dim"]
     logistic: Float[Array, " dim"]
-
-    @property
-    def accepted(self) -> Array:
-        """The share of the spins that turned over."""
-        return jnp.sum(self.after.x != self.old.x) / jnp.sum(self.colour)
 
     @property
     def log_ratio(self) -> Array:
@@ -129,16 +126,18 @@ class Sweep(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of a step: what follows from it, and not from its number, its noise, and where it began."""
+    """Of a step: what follows neither from its number nor from its noise."""
 
+    #: with the position in the form that is kept
     after: Point
+    accepted: Float[Array, ""]
     log_odds: Float[Array, " dim"]
 
 
 class SpinDecision(NamedTuple):
-    """A decision: where the chain is, and the spin that would be the other way up."""
+    """A decision: where the chain is, in the form that is kept, and the spin that would be the other way up."""
 
-    x: Float[Array, " dim"]
+    kept: Bool[Array, " dim"]
     site: Int[Array, ""]
 
 
@@ -170,29 +169,32 @@ class HeatBathSampler(eqx.Module):
         """A step."""
         colour = self._colour(k)
         x, log_odds = self._drawn(point, colour, noise)
-        return Sweep(point, Point(x, point.log_prob, None), colour, log_odds, noise)
+        accepted = jnp.sum(jnp.abs(x - point.x)) / 2 / jnp.sum(colour)
+        return Sweep(Point(x, point.log_prob, None), accepted, colour, log_odds, noise)
 
     def record(self, move: Sweep) -> Drawn:
         """What of a step is to be kept, to know all of it again."""
-        return Drawn(move.after, move.log_odds)
+        return Drawn(move.after._replace(x=spins_kept(move.after.x)), move.accepted, move.log_odds)
 
-    def recall(self, k: Array, old: Point, did: Drawn, noise: Array) -> Sweep:
-        """The step from `old` that left this record."""
-        return Sweep(old, did.after, self._colour(k), did.log_odds, noise)
+    def recall(self, k: Array, did: Drawn, noise: Array) -> Sweep:
+        """The step that left this record."""
+        after = did.after._replace(x=spins_of(did.after.x))
+        return Sweep(after, did.accepted, self._colour(k), did.log_odds, noise)
 
     def follow(self, move: Sweep, other: Point, extra: Any) -> Followed:
         """Where another chain goes: by the same logistic numbers."""
         del extra
         x, _ = self._drawn(other, move.colour, move.logistic)
-        return Followed(Point(x, other.log_prob, None), jnp.all(x == move.after.x))
+        return Followed(Point(x, other.log_prob, None), at_same_place(x, move.after.x))
 
     def ends(self, decision: SpinDecision) -> tuple[Array, Array]:
         """Where the chain is, and where it would be: of the first the density is positive."""
-        return decision.x, _flipped(decision.x, decision.site)
+        x = spins_of(decision.kept)
+        return x, flipped(x, decision.site)
 
     def newborn(self, move: Sweep, birth: Birth) -> Point:
         """The alternative that is born after a move."""
-        return Point(_flipped(move.after.x, birth.decision.site), move.after.log_prob, None)
+        return Point(flipped(move.after.x, birth.decision.site), move.after.log_prob, None)
 
     def log_factor(self, decision: SpinDecision) -> Float[Array, ""]:
         """log p(high) - log p(low)."""
@@ -212,7 +214,7 @@ class HeatBathSampler(eqx.Module):
         # Rounding may end at a site that cannot be chosen.
         found = share > 0
         coefficient = jnp.where(found, coefficients[site] / jnp.where(found, share, 1), 0)
-        return Birth(None, SpinDecision(move.after.x, site), coefficient, jnp.where(found, total, 0))
+        return Birth(None, SpinDecision(spins_kept(move.after.x), site), coefficient, jnp.where(found, total, 0))
 
     def _colour(self, k: Array) -> Array:
         return jnp.asarray(self.proposal.colours) == k % self.proposal.num_colours
@@ -220,10 +222,6 @@ class HeatBathSampler(eqx.Module):
     def _drawn(self, point: Point, colour: Array, logistic: Array) -> tuple[Array, Array]:
         log_odds = 2 * jax.grad(lambda x: self.target.at(x).log_prob)(point.x)
         return jnp.where(colour, jnp.where(logistic < log_odds, 1, -1).astype(point.x.dtype), point.x), log_odds
-
-
-def _flipped(x: Float[Array, " dim"], site: Array) -> Array:
-    return jnp.where(jnp.arange(len(x)) == site, -x, x)
 
 
 def _site_by(strengths: Float[Array, " dim"], uniform: Array) -> tuple[Array, Array]:

@@ -26,6 +26,12 @@ def choose(condition: Bool[Array, ""], a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def at_same_place(x: Array, y: Array) -> Bool[Array, ""]:
+    """Whether two positions are equal."""
+    # For floats the largest difference takes less time than a loop over flags.
+    return jnp.max(jnp.abs(x - y)) == 0 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.all(x == y)
+
+
 class Move(NamedTuple):
     """A step of Metropolis-Hastings: from `old`, `new` was proposed with `noise`; accepted if log u < log_ratio.
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.target import Point
@@ -23,6 +23,8 @@ class AbstractProposal(eqx.Module):
     needs_gradient: ClassVar[bool] = False
     #: x' is a differentiable function of positions and of the proposal's own numbers
     reparameterised: ClassVar[bool] = False
+    #: the same noise leads back, from x' to x exactly
+    involutive: ClassVar[bool] = False
 
     @abc.abstractmethod
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Shaped[Array, " dim"]) -> Any:
@@ -39,6 +41,18 @@ class AbstractProposal(eqx.Module):
     def log_ratio(self, new: Point, old: Point) -> Float[Array, ""] | float:
         """log q(x', x) - log q(x, x')."""
         return 0.0 if self.symmetric else self.log_prob(new, old.x) - self.log_prob(old, new.x)
+
+    def changed(self, x: Array, x_new: Array) -> Array:
+        """x' - x, or of its coordinates those that are not 0."""
+        return x_new - x
+
+    def kept(self, x: Array) -> Array:
+        """A position in the form in which it is kept for the gradient."""
+        return x
+
+    def restored(self, kept: Array) -> Array:
+        """The position again, exactly."""
+        return kept
 
     def check(self, x: Any) -> None:
         """Raises `InputError` for positions that it cannot move."""
@@ -287,12 +301,24 @@ class SpinFlip(AbstractProposal):
     """One spin, drawn at random, is turned over; positions are +1 or -1, floats or integers `(dim,)`."""
 
     symmetric: ClassVar[bool] = True
+    involutive: ClassVar[bool] = True
 
     def noise(self, key: PRNGKeyArray, num_steps: int, x: Shaped[Array, " dim"]) -> Array:
         return jax.random.randint(key, (num_steps,), 0, x.shape[0])
 
     def propose(self, point: Point, noise: Any) -> Array:
-        return point.x.at[noise].multiply(-1)
+        return flipped(point.x, noise)
+
+    def changed(self, x: Array, x_new: Array) -> Array:
+        # Up to the sign, which is not used.
+        del x_new
+        return jnp.full(1, 2, x.dtype)
+
+    def kept(self, x: Array) -> Array:
+        return spins_kept(x)
+
+    def restored(self, kept: Array) -> Array:
+        return spins_of(kept)
 
     def log_prob(self, point: Point, x_new: Array) -> Float[Array, ""]:
         del x_new
@@ -327,6 +353,21 @@ class OwnProposal(AbstractProposal):
                 f"sample(key, x) of {type(self.own).__name__} gives {new.dtype}{list(new.shape)}, but x0 is "
                 f"{one.dtype}{list(one.shape)}: it must give positions like x"
             )
+
+
+def flipped(x: Shaped[Array, " dim"], site: Int[Array, ""]) -> Shaped[Array, " dim"]:
+    """Spins with one turned over."""
+    return jnp.where(jnp.arange(x.shape[0]) == site, -x, x)
+
+
+def spins_kept(x: Shaped[Array, " dim"]) -> Shaped[Array, " dim"]:
+    """Spins as they are kept: floats as one byte."""
+    return x > 0 if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def spins_of(kept: Shaped[Array, " dim"]) -> Shaped[Array, " dim"]:
+    """The spins again. (All float positions have the precision of the session.)"""
+    return jnp.where(kept, 1.0, -1.0) if kept.dtype == bool else kept
 
 
 def check_spins(x: Any) -> None:

@@ -49,10 +49,10 @@ class Extra(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Of a step: what was proposed, and where the chain is after it."""
+    """Of a step: what follows neither from its noise nor from the rest."""
 
-    new: Point
     after: Point
+    otherwise: Point
     accepted: Any
     #: None if it is a difference of log densities, as quickly taken again
     log_ratio: Any
@@ -108,15 +108,23 @@ class MetropolisHastings(eqx.Module):
     def record(self, move: Move) -> Decided:
         """What of a step is to be kept, to know all of it again."""
         is_difference = self.kernel.proposal.symmetric and not isinstance(self.kernel.target.density, DensityRatio)
-        return Decided(move.new, move.after, move.accepted, None if is_difference else move.log_ratio)
+        ends = self._decision(move.after, move.otherwise, None)
+        return Decided(
+            move.after._replace(x=ends.low),
+            move.otherwise._replace(x=None if self.kernel.proposal.involutive else ends.high),
+            move.accepted,
+            None if is_difference else move.log_ratio,
+        )
 
-    def recall(self, k: Array, old: Point, did: Decided, noise: Any) -> Move:
-        """The step from `old` that left this record."""
+    def recall(self, k: Array, did: Decided, noise: Any) -> Move:
+        """The step that left this record."""
         del k
         z, log_uniform = noise
-        log_ratio = self.kernel.log_ratio(did.new, old) if did.log_ratio is None else did.log_ratio
-        otherwise = choose(did.accepted, old, did.new)
-        return Move(old, did.new, did.after, otherwise, did.accepted, log_ratio, log_uniform, z)
+        x, x_otherwise = self.ends(Ends(did.after.x, z if self.kernel.proposal.involutive else did.otherwise.x))
+        after, otherwise = did.after._replace(x=x), did.otherwise._replace(x=x_otherwise)
+        new, old = choose(did.accepted, (after, otherwise), (otherwise, after))
+        log_ratio = self.kernel.log_ratio(new, old) if did.log_ratio is None else did.log_ratio
+        return Move(old, new, after, otherwise, did.accepted, log_ratio, log_uniform, z)
 
     def again(self, point: Point, z: Any, accepted: Array, used: Array) -> tuple[Point, Array]:
         """A step whose decision is known, and its log ratio where it is used: differentiable in all they depend on."""
@@ -131,19 +139,27 @@ class MetropolisHastings(eqx.Module):
 
     def ends(self, decision: Ends) -> tuple[Array, Array]:
         """The positions in a decision: of the first the density is positive."""
-        return decision.low, decision.high
+        proposal = self.kernel.proposal
+        low = proposal.restored(decision.low)
+        if proposal.involutive:
+            return low, proposal.propose(Point(low, None, None), decision.high)
+        return low, proposal.restored(decision.high)
+
+    def _decision(self, low: Point, high: Point, noise: Any, tag: Any = None) -> Ends:
+        """From one position to another, to which noise leads."""
+        proposal = self.kernel.proposal
+        return Ends(proposal.kept(low.x), noise if proposal.involutive else proposal.kept(high.x), tag)
 
     def newborn(self, move: Move, birth: Birth) -> Point:
         """The alternative that is born after a move."""
-        del move
-        return birth.point
+        return move.otherwise if birth.point is None else birth.point
 
     def log_factor(self, decision: Ends) -> Float[Array, ""]:
         """What weights are gradients of.
 
         Of a flip the log ratio of a step from low to high, for a `DensityRatio` the ratio; else log q, or a log scale.
         """
-        low, high, tag = decision
+        tag, (low, high) = decision.tag, self.ends(decision)
         target, proposal = self.kernel.target, self.kernel.proposal
         old, new = target.at(low), target.at(high)
         if isinstance(target.density, DensityRatio):
@@ -174,8 +190,8 @@ class MetropolisHastings(eqx.Module):
         return chosen._replace(coefficient=coefficient, strength=total)
 
     def _flip(self, move: Move, rule: Rule, gradient: Gradient | None) -> Birth:
-        low, high = move.after.x, move.otherwise.x
-        ends = Ends(low, high, None if rule.proposal_gradient is None else jnp.asarray(FLIP))
+        tag = None if rule.proposal_gradient is None else jnp.asarray(FLIP)
+        ends = self._decision(move.after, move.otherwise, move.noise, tag)
         # Explicitly: the derivative of min(1, exp r) at r = 0 would be one half.
         alpha = jnp.exp(jnp.minimum(move.log_ratio, 0))
         moved = move.log_ratio < 0
@@ -187,17 +203,20 @@ class MetropolisHastings(eqx.Module):
         row = None if gradient is None else unit * gradient(ends)
         rises = None if row is None else (row[0] > 0) != move.accepted
         coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
-        distance = jnp.abs(high - low).astype(coefficient.dtype)
+        # As floats first: an unsigned type has no difference below 0.
+        here, there = (end.x.astype(coefficient.dtype) for end in (move.after, move.otherwise))
+        distance = self.kernel.proposal.changed(here, there)
         strength = strength_of(rule.strength, coefficient, distance, row)
-        return Birth(move.otherwise, ends, unit * coefficient, strength)
+        # Of several births each has a point.
+        return Birth(None if ends.tag is None else move.otherwise, ends, unit * coefficient, strength)
 
     def _fresh(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
         """grad log q(x, x') [F(x') - F(x'')], x'' another draw from x: the score, with a baseline of its own."""
         again = self.move(jnp.asarray(0), move.old, (extra.fresh, extra.log_uniform))
-        ends = Ends(move.old.x, move.new.x, jnp.asarray(SCORE))
+        ends = self._decision(move.old, move.new, move.noise, jnp.asarray(SCORE))
         coefficient = -jnp.ones_like(move.log_ratio)
         row = None if gradient is None else gradient(ends)
-        distance = jnp.abs(again.after.x - move.after.x).astype(coefficient.dtype)
+        distance = (again.after.x - move.after.x).astype(coefficient.dtype)
         return Birth(again.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
     def _wider(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
@@ -209,10 +228,10 @@ class MetropolisHastings(eqx.Module):
         z = move.noise
         m = jnp.where(z[extra.site] < 0, -1, 1) * jnp.sqrt(z[extra.site] ** 2 + 2 * extra.energy)
         wider = self.move(jnp.asarray(0), move.old, (z.at[extra.site].set(m), move.log_uniform))
-        ends = Ends(move.old.x, move.new.x, SCALE + extra.site)
+        ends = self._decision(move.old, move.new, move.noise, SCALE + extra.site)
         coefficient = jnp.full_like(move.log_ratio, z.shape[0])
         row = None if gradient is None else gradient(ends)
-        distance = jnp.abs(wider.after.x - move.after.x).astype(coefficient.dtype)
+        distance = (wider.after.x - move.after.x).astype(coefficient.dtype)
         return Birth(wider.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
 

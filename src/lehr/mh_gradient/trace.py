@@ -45,6 +45,8 @@ class Trace(NamedTuple):
     decision: Any
     #: c / m of the decision's alternative
     coefficient: Float[Array, "num_steps num_chains"]
+    #: whether the density is 0 at what was proposed
+    forbidden: Bool[Array, "num_steps num_chains"]
     #: by slot: whether the decision's alternative was kept there, and M (f(Y) - f(X))
     taken: Bool[Array, "num_steps *slots num_chains"]
     contribution: Float[Array, "num_steps *slots m num_chains"]
