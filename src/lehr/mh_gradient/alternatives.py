@@ -30,8 +30,9 @@ from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 from lehr.mh_gradient.trace import Lives, Record, Trace, chains_axis
 
-#: numbers in a group of steps, of all chains' positions: what fits a cache
-_NUMBERS = 2**17
+#: numbers in a group of steps, of all chains' positions: what fits a cache, if groups are then no less than `GROUP`;
+#: else at most, as long as they are no less than a few
+_NUMBERS, _MOST, _SHORTEST = 2**17, 2**20, 10
 #: numbers that f of a chain reads and writes, up to which it is taken of all steps at once
 _CHEAP = 100
 
@@ -152,11 +153,12 @@ def run_chains(
 
 
 def steps_at_once(x0: Array) -> int:
-    """How many steps of chains at these positions make a group that draws its noise at once: many if these are small.
+    """How many steps of chains at these positions make a group that draws its noise at once.
 
-    (For a draw takes a time of its own, beside which the numbers of a hundred small steps are few.)
+    Many if positions are small, for a draw takes a time of its own, beside which the numbers of a hundred small steps
+    are few; and few if they are large, for all that happens in a group is kept until its alternatives have run.
     """
-    return max(GROUP, _NUMBERS // x0.size)
+    return max(_NUMBERS // x0.size, min(GROUP, max(_SHORTEST, _MOST // x0.size)))
 
 
 class _Engine(NamedTuple):
