@@ -344,9 +344,10 @@ def test_supports_that_move(name):
     assert np.isfinite(function(params, KEY))
 
 
-def test_a_boundary_that_is_seldom_tried():
-    """Four of 25,600 proposals fall outside."""
-    chains = {"proposal": RandomWalk(0.02), "x0": jnp.zeros(1), "num_steps": 400, "num_chains": 64}
+@pytest.mark.parametrize("dimension", [1, 12])
+def test_a_boundary_that_is_seldom_tried(dimension):
+    """Of 25,600 proposals a few fall outside."""
+    chains = {"proposal": RandomWalk(0.02), "x0": jnp.zeros(dimension), "num_steps": 400, "num_chains": 64}
     failing(jax.grad(expectation(log_density=scaled, **chains)), MESSAGE, 1.0)
 
 

@@ -1,5 +1,7 @@
 """The estimators to compare with: what each estimates, and that all have the value of the chain."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import lehr
 from lehr import mh_gradient as mh
-from tests.mh_gradient.truths import derivative, on_a_line
+from tests.mh_gradient.truths import derivative, on_a_line, on_states
 from tests.statistics import assert_mean, z_score
 
 KEYS = jax.random.split(jax.random.key(2), 200)
@@ -50,6 +52,28 @@ def test_the_score_is_unbiased_for_a_finite_chain(baseline):
     found = gradients(made(mh.score_expectation, baseline=baseline, **SHORT))
     assert found.std() < (0.4 if baseline else 0.8)
     assert_mean(found, exact(10))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_the_score_of_single_spins(dtype):
+    """Three on a ring, turned one at a time: exact by powers of the kernel."""
+    states = np.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+    neighbours = (np.abs(states[:, None] - states).sum(axis=2) == 2) / 3
+
+    def mean(theta):
+        logs = theta * (np.sum(states * np.roll(states, 1, axis=1), axis=1) + 0.3 * states.sum(axis=1))
+        return on_states(logs, neighbours, states[:, 0] * states[:, 1] + states[:, 2], 10, 0, len(states) - 1)
+
+    expectation = mh.score_expectation(
+        lambda theta, x: theta * jnp.sum(x * jnp.roll(x, 1) + 0.3 * x),
+        lambda x: x[0] * x[1] + 1.0 * x[2],
+        mh.SpinFlip(),
+        jnp.ones(3, dtype),
+        **SHORT,
+    )
+    found = gradients(expectation)
+    assert found.std() < 0.5
+    assert_mean(found, derivative(mean, 0.5))
 
 
 def test_a_baseline_takes_variance_away():

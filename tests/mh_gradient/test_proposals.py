@@ -28,7 +28,7 @@ from lehr.mh_gradient import (
 )
 from lehr.mh_gradient.heat_bath import HeatBathSampler, _site_by
 from lehr.mh_gradient.kernel import Kernel
-from lehr.mh_gradient.proposals import OwnProposal
+from lehr.mh_gradient.proposals import OwnProposal, spins_kept, spins_of
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import Target
 from tests import targets
@@ -205,7 +205,7 @@ RECALLED = {
 
 @pytest.mark.parametrize("name", RECALLED)
 def test_steps_are_recalled_exactly(key, name):
-    """What a step leaves for the gradient is all that it was, and nothing is kept that follows from the rest."""
+    """What a step leaves for the gradient is all that it was."""
     target = Target(lambda params, x: spins(params, x) - 0.4 * jnp.sum(x**2.0), jnp.zeros(()), name == "mala")
     of, x = RECALLED[name](target)
     if name == "bath":
@@ -218,6 +218,100 @@ def test_steps_are_recalled_exactly(key, name):
     assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(moves), jax.tree.leaves(recalled)))
     if name != "bath":
         np.testing.assert_array_equal(before, moves.old.x)
+
+
+def test_what_follows_is_not_kept():
+    """Spins are a byte each, one that is turned over is where its noise says, and a log ratio is a difference."""
+    x = jnp.ones(4)
+    target = Target(spins, jnp.zeros(()), False)
+    walk = MetropolisHastings(Kernel(target, RandomWalk(1.2)), MaximalReflection())
+    flip = MetropolisHastings(Kernel(target, SpinFlip()), MonotoneSpin())
+    bath = HeatBathSampler(target, HeatBath.checkerboard(4))
+    walked, turned, drawn = (
+        sampler.record(
+            sampler.move(jnp.asarray(0), sampler.start(x), jax.tree.map(lambda leaf: leaf[0], sampler.noise(KEY, 1, x)))
+        )
+        for sampler in (walk, flip, bath)
+    )
+    assert walked.log_ratio is None
+    assert turned.log_ratio is None
+    assert turned.otherwise.x is None
+    assert turned.after.x.dtype == drawn.after.x.dtype == bool
+
+
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+def test_spins_have_a_type_of_their_own(precision):
+    """As the chain had them: a type that gives way to another would be differentiated in that one."""
+    with jax.enable_x64(precision == np.float64):
+        x = jnp.ones(3, precision).at[1].multiply(-1)
+        again = spins_of(spins_kept(x))
+        assert again.dtype == precision
+        assert not again.weak_type
+        np.testing.assert_array_equal(again, x)
+
+
+class Forwards:
+    """A step that seldom leads back: up by up to one, or down by up to a half."""
+
+    def sample(self, key, x):
+        return x + jax.random.uniform(key, x.shape, minval=-0.5)
+
+    def log_prob(self, x, x_new):
+        return jnp.where((x_new > x - 0.5) & (x_new < x + 1), -jnp.log(1.5), -jnp.inf)[0]
+
+
+def test_forbidden_is_where_the_density_is_0(key):
+    """And not what has no way back."""
+    target = Target(lambda params, x: jnp.where(x[0] < 1, params, -jnp.inf), jnp.zeros(()), False)
+    sampler = MetropolisHastings(Kernel(target, OwnProposal(Forwards())), CommonRandomNumbers())
+    _, moves, _ = moves_and_what_is_recalled(sampler, key, jnp.zeros(1))
+    np.testing.assert_array_equal(moves.forbidden, moves.new.x[:, 0] >= 1)
+    assert 0 < moves.forbidden.sum() < (moves.log_ratio == -jnp.inf).sum()
+
+
+class StepsOfOne:
+    """Up or down by one."""
+
+    def sample(self, key, x):
+        return x + jnp.where(jax.random.bernoulli(key), 1, -1).astype(x.dtype)
+
+    def log_prob(self, x, x_new):
+        return jnp.log(jnp.where(jnp.abs(x_new - x) == 1, 0.5, 0.0))[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*the alternative has not met")
+def test_large_whole_numbers_are_told_apart():
+    """As floats they would be equal, and no alternative would be born."""
+
+    def gradient(start):
+        expectation = lehr.mh_expectation(
+            lambda theta, x: -theta * jnp.abs(x - start)[0].astype(float),
+            lambda x: (x - start)[0] ** 2 * 1.0,
+            StepsOfOne(),
+            CommonRandomNumbers(),
+            jnp.full(1, start, jnp.int32),
+            num_steps=20,
+            num_chains=50,
+        )
+        return jax.grad(expectation)(0.4, KEY)
+
+    assert gradient(2**25) == gradient(0) != 0
+
+
+def test_unsigned_states_are_as_far_apart_as_others():
+    def gradient(dtype):
+        expectation = lehr.mh_expectation(
+            lambda theta, x: theta * x[0].astype(float),
+            lambda x: x[0] * 1.0,
+            DiscreteUniform(5),
+            MaximalIndependent(),
+            jnp.full(1, 2, dtype),
+            num_steps=20,
+            num_chains=50,
+        )
+        return jax.grad(expectation)(0.4, KEY)
+
+    assert gradient(jnp.uint8) == gradient(jnp.int32) != 0
 
 
 # Invariance: chains that start at exact draws of the target still have its moments.

@@ -30,9 +30,10 @@ from lehr.mh_gradient.sampler import Gradient, Rule
 from lehr.mh_gradient.target import Point
 from lehr.mh_gradient.trace import Lives, Record, Trace, chains_axis
 
-#: numbers in a group of steps, of all chains' positions: what fits a cache, if groups are then no less than `GROUP`;
-#: else at most, as long as they are no less than a few
-_NUMBERS, _MOST, _SHORTEST = 2**17, 2**20, 10
+#: numbers in a group of steps, of all chains' positions: what fits a cache
+_NUMBERS = 2**17
+#: the most of them, where so few would be less than `GROUP` steps; and the fewest steps
+_MOST, _SHORTEST = 2**20, 10
 #: numbers that f of a chain reads and writes, up to which it is taken of all steps at once
 _CHEAP = 100
 
@@ -80,12 +81,12 @@ class Plan(NamedTuple):
     consecutive: bool
 
 
-class Records(NamedTuple):
+class Steps(NamedTuple):
     """Steps of the chains, as their alternatives see them."""
 
     did: Any
     noise: Any
-    #: what follows from these; not computed where it is not used
+    #: what follows from `did` and `noise`; not computed where it is not used
     moves: Any
     #: where each began; None where f is of one position
     before: Any
@@ -125,8 +126,8 @@ def run_chains(
         noise, extra = _chains_last(draw, keys) if axis == -1 else jax.vmap(draw, out_axes=1)(keys)
         if rule is None:
             return (engine.chains(sums, steps, noise), slots), None
-        sums, records = engine.recorded_chains(sums, steps, noise)
-        slots, trace = engine.alternatives(slots, steps, records, extra, engine.births(records.moves, extra))
+        sums, done = engine.recorded_chains(sums, steps, noise)
+        slots, trace = engine.alternatives(slots, steps, done, extra, engine.births(done.moves, extra))
         # Positions stay as they are: rows of many numbers are taken from them as they lie.
         turned = jax.vmap(lambda of_step: _moved(of_step, axis, -1))(trace._replace(decision=None, after=None))
         return (sums, slots), turned._replace(decision=trace.decision, after=trace.after)
@@ -157,6 +158,7 @@ def steps_at_once(x0: Array) -> int:
 
     Many if positions are small, for a draw takes a time of its own, beside which the numbers of a hundred small steps
     are few; and few if they are large, for all that happens in a group is kept until its alternatives have run.
+    (Whoever is to draw the same numbers again makes the same groups.)
     """
     return max(_NUMBERS // x0.size, min(GROUP, max(_SHORTEST, _MOST // x0.size)))
 
@@ -187,7 +189,7 @@ class _Engine(NamedTuple):
 
         return scan_chains(step, sums, steps, noise, self.axis)[0]
 
-    def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Records]:
+    def recorded_chains(self, sums: Sums, steps: Array, noise: Any) -> tuple[Sums, Steps]:
         """The same, and all that happened in each step."""
         f, x = self.of_chains(self.f), sums.point.x
         # Of all steps at once if f is cheap; else it may take much memory, and the position was just written.
@@ -209,7 +211,7 @@ class _Engine(NamedTuple):
             sums.total + jnp.sum(counted, axis=0, dtype=sums.total.dtype),
             sums.num_accepted + jnp.sum(jax.vmap(self.of_chains(_accepted))(moves), axis=0),
         )
-        return sums, Records(did, noise, moves, before, values)
+        return sums, Steps(did, noise, moves, before, values)
 
     def births(self, moves: Any, extra: Any) -> Birth:
         """What could be born of each move."""
@@ -220,14 +222,14 @@ class _Engine(NamedTuple):
         return jax.lax.map(lambda row: of_step(*row), (moves, extra))
 
     def alternatives(
-        self, slots: Alternatives, steps: Array, records: Records, extra: Any, births: Birth
+        self, slots: Alternatives, steps: Array, done: Steps, extra: Any, births: Birth
     ) -> tuple[Alternatives, Trace]:
         """The alternatives after these steps, and what they add."""
         plan, record = self.plan, self.record
         # In many dimensions the positions of a move are not written again, but made from its record when it is used; in
         # few that would be several more slices of arrays in a step.
-        is_wide, moves = self.axis == 0, records.moves
-        records = records._replace(moves=None) if is_wide else records._replace(did=None, noise=None)
+        is_wide, moves = self.axis == 0, done.moves
+        done = done._replace(moves=None) if is_wide else done._replace(did=None, noise=None)
         each: Any = (lambda of: of) if plan.num_alternatives == 1 else jax.vmap
 
         def step(slots: Alternatives, k: Array, inputs: Any) -> tuple[Alternatives, Any]:
@@ -262,13 +264,13 @@ class _Engine(NamedTuple):
             lives = Lives(slots.strength, is_met) if record.lives else None
             return slots, (contribution, taken, lives)
 
-        inputs = records, extra, births
+        inputs = done, extra, births
         slots, (contribution, taken, lives) = scan_chains(step, slots, steps, inputs, self.axis)
         is_some = births.strength > 0
         return slots, Trace(
             decision=births.decision,
             coefficient=jnp.where(is_some, births.coefficient / jnp.where(is_some, births.strength, 1), 0),
-            forbidden=jax.vmap(self.of_chains(lambda move: move.log_ratio == -jnp.inf))(moves),
+            forbidden=jax.vmap(self.of_chains(lambda move: move.forbidden))(moves),
             taken=taken,
             contribution=contribution,
             accepted=moves.accepted if record.accepted else None,

@@ -16,10 +16,10 @@ from jaxtyping import Array, PRNGKeyArray
 from lehr.chunked_scan import scan_with_noise
 from lehr.errors import InputError
 from lehr.mh_gradient.alternatives import steps_at_once
-from lehr.mh_gradient.births import Ends
 from lehr.mh_gradient.chains import Chains, as_arrays, make_chains
 from lehr.mh_gradient.gradient import not_again, weighted_gradient
 from lehr.mh_gradient.heat_bath import HeatBath
+from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import DensityRatio
 
 
@@ -199,9 +199,12 @@ def _scored(params: Any, chains: Chains, keys: Array, path: _Path, ct: Array, *,
     weights = jnp.where((path.log_ratio < 0) & (path.log_ratio > -jnp.inf), of_decision, 0) * to_go / num
 
     def log_ratio(params: Any, row: Any) -> Array:
-        return chains.sampler(params).log_factor(row)
+        (before, proposed), sampler = row, chains.sampler(params)
+        assert isinstance(sampler, MetropolisHastings)
+        kernel = sampler.kernel
+        return kernel.log_ratio(kernel.target.at(proposed), kernel.target.at(before))
 
-    return _with_direct(params, chains, path, ct, _sum(log_ratio, params, Ends(path.before, path.proposed), weights))
+    return _with_direct(params, chains, path, ct, _sum(log_ratio, params, (path.before, path.proposed), weights))
 
 
 def _sum(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array) -> Any:

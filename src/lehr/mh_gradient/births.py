@@ -39,7 +39,7 @@ class Ends(NamedTuple):
     """
 
     low: Any
-    #: of an involutive proposal the noise that leads there
+    #: of an involutive proposal the noise that leads there from `low`
     high: Any
     #: what the weight is the gradient of; None where all births are flips
     tag: Any = None
@@ -48,7 +48,7 @@ class Ends(NamedTuple):
 class Birth(NamedTuple):
     """An alternative, and the decision it is born of: its weight is `coefficient` times grad log_factor of that."""
 
-    #: None where it follows from the decision
+    #: None where it follows from the move, or from that and the decision
     point: Any
     decision: Any
     coefficient: Any

@@ -305,7 +305,7 @@ class FullKernelMaximal(AbstractCoupling):
             return key, choose(accepted, new, other), kept
 
         # Nothing is left of the law of a chain that is with the other.
-        together = jnp.all(move.old.x == other.x)
+        together = at_same_place(move.old.x, other.x)
         start = (key_rest, choose(same, move.new, move.after), same | together)
         _, found, _ = jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)
         return Followed(found, same | together)

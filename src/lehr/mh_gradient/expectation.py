@@ -112,7 +112,7 @@ def mh_expectation(
     called, parameters or f that are not floats, and an x0 that the proposal cannot move. While it runs it raises a
     `RuntimeError` for a log density that is not finite at x0, or NaN later, no acceptance in a hundred steps, a
     gradient of the log density that is not finite, and a support that depends on the parameters (looked for at up to
-    256 of the proposals).
+    256 of the proposals where the density is 0).
 
     Source: Arya, Seyer, Schaefer, Chandra, Lew, Huot, Mansinghka, Ragan-Kelley, Rackauckas, Schauer 2023, theorem 2.1;
     Arya, Schauer, Seyer 2024.

@@ -19,7 +19,7 @@ from lehr.errors import InputError
 #: rows in one call of the log density's gradient: many of a cheap one, so that a loop costs little, and few of a dear
 #: one, of which the last call wastes some
 _SMALLEST, _LARGEST, _NUMBERS = 128, 4096, 1_000_000
-#: numbers in these rows, of which a density makes several arrays: what fits a cache
+#: numbers in these rows, as they are kept: a density makes several such arrays, which are to fit a cache
 _IN_ROWS = 2**18
 #: up to so many numbers a row, to take all gradients costs less than to find the rows that count; and rows at once
 _FEW, _AT_ONCE = 100, 2**16
@@ -52,7 +52,12 @@ def weighted_gradient(
 
         return jax.tree.map(jnp.add, total, jax.grad(summed)(params))
 
-    return _over_used(add, jax.tree.map(jnp.zeros_like, params), rows, weights, axis, size)
+    return _over_used(add, jax.tree.map(_none, params), rows, weights, axis, size)
+
+
+def _none(leaf: Any) -> Array:
+    """0, of the leaf's type also where that is a number of Python's."""
+    return jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _over_all(of: Callable[[Any, Any], Array], params: Any, rows: Any, weights: Array, axis: Literal[0, -1]) -> Any:

@@ -124,6 +124,11 @@ class Sweep(NamedTuple):
         """Finite, if the log odds are numbers: every state can be reached."""
         return jnp.where(jnp.any(jnp.isnan(self.log_odds)), jnp.nan, 0.0)
 
+    @property
+    def forbidden(self) -> Array:
+        """Nothing is proposed."""
+        return jnp.asarray(False)
+
 
 class Drawn(NamedTuple):
     """Of a step: what follows neither from its number nor from its noise."""
@@ -135,9 +140,10 @@ class Drawn(NamedTuple):
 
 
 class SpinDecision(NamedTuple):
-    """A decision: where the chain is, in the form that is kept, and the spin that would be the other way up."""
+    """A decision: where the chain is, and the spin that would be the other way up."""
 
-    kept: Bool[Array, " dim"]
+    #: in the form that is kept
+    x: Bool[Array, " dim"]
     site: Int[Array, ""]
 
 
@@ -189,7 +195,7 @@ class HeatBathSampler(eqx.Module):
 
     def ends(self, decision: SpinDecision) -> tuple[Array, Array]:
         """Where the chain is, and where it would be: of the first the density is positive."""
-        x = spins_of(decision.kept)
+        x = spins_of(decision.x)
         return x, flipped(x, decision.site)
 
     def newborn(self, move: Sweep, birth: Birth) -> Point:

@@ -27,7 +27,7 @@ def choose(condition: Bool[Array, ""], a: Any, b: Any) -> Any:
 
 
 def at_same_place(x: Array, y: Array) -> Bool[Array, ""]:
-    """Whether two positions are equal."""
+    """Whether two positions of finite numbers are equal."""
     # For floats the largest difference takes less time than a loop over flags.
     return jnp.max(jnp.abs(x - y)) == 0 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.all(x == y)
 
@@ -46,3 +46,8 @@ class Move(NamedTuple):
     log_ratio: Any
     log_uniform: Any
     noise: Any
+
+    @property
+    def forbidden(self) -> Array:
+        """Whether the density is 0 at what was proposed."""
+        return self.new.log_prob == -jnp.inf

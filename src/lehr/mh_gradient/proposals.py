@@ -43,8 +43,8 @@ class AbstractProposal(eqx.Module):
         return 0.0 if self.symmetric else self.log_prob(new, old.x) - self.log_prob(old, new.x)
 
     def changed(self, x: Array, x_new: Array) -> Array:
-        """x' - x, or of its coordinates those that are not 0."""
-        return x_new - x
+        """|x' - x|, or of its coordinates those that are not 0."""
+        return difference(x, x_new)
 
     def kept(self, x: Array) -> Array:
         """A position in the form in which it is kept for the gradient."""
@@ -310,7 +310,6 @@ class SpinFlip(AbstractProposal):
         return flipped(point.x, noise)
 
     def changed(self, x: Array, x_new: Array) -> Array:
-        # Up to the sign, which is not used.
         del x_new
         return jnp.full(1, 2, x.dtype)
 
@@ -367,7 +366,12 @@ def spins_kept(x: Shaped[Array, " dim"]) -> Shaped[Array, " dim"]:
 
 def spins_of(kept: Shaped[Array, " dim"]) -> Shaped[Array, " dim"]:
     """The spins again. (All float positions have the precision of the session.)"""
-    return jnp.where(kept, 1.0, -1.0) if kept.dtype == bool else kept
+    return jnp.where(kept, 1.0, -1.0).astype(jnp.result_type(float)) if kept.dtype == bool else kept
+
+
+def difference(x: Array, y: Array) -> Array:
+    """|x - y|, also of unsigned types, and 0 only where they are equal."""
+    return jnp.where(x > y, x - y, y - x)
 
 
 def check_spins(x: Any) -> None:

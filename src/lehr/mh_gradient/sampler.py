@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lehr.mh_gradient.births import FLIP, SCALE, SCORE, Birth, Ends, Strength, Weights, flip_coefficient
 from lehr.mh_gradient.couplings import AbstractCoupling, Followed
 from lehr.mh_gradient.kernel import Kernel, Move, choose
-from lehr.mh_gradient.proposals import AbstractGaussian
+from lehr.mh_gradient.proposals import AbstractGaussian, difference
 from lehr.mh_gradient.target import DensityRatio, Point
 from lehr.numerics import uniform_pairs
 
@@ -111,7 +111,7 @@ class MetropolisHastings(eqx.Module):
         ends = self._decision(move.after, move.otherwise, None)
         return Decided(
             move.after._replace(x=ends.low),
-            move.otherwise._replace(x=None if self.kernel.proposal.involutive else ends.high),
+            move.otherwise._replace(x=ends.high),
             move.accepted,
             None if is_difference else move.log_ratio,
         )
@@ -203,9 +203,7 @@ class MetropolisHastings(eqx.Module):
         row = None if gradient is None else unit * gradient(ends)
         rises = None if row is None else (row[0] > 0) != move.accepted
         coefficient = flip_coefficient(rule.weights, move.accepted, alpha, slope, rises)
-        # As floats first: an unsigned type has no difference below 0.
-        here, there = (end.x.astype(coefficient.dtype) for end in (move.after, move.otherwise))
-        distance = self.kernel.proposal.changed(here, there)
+        distance = self.kernel.proposal.changed(move.after.x, move.otherwise.x).astype(coefficient.dtype)
         strength = strength_of(rule.strength, coefficient, distance, row)
         # Of several births each has a point.
         return Birth(None if ends.tag is None else move.otherwise, ends, unit * coefficient, strength)
@@ -216,7 +214,7 @@ class MetropolisHastings(eqx.Module):
         ends = self._decision(move.old, move.new, move.noise, jnp.asarray(SCORE))
         coefficient = -jnp.ones_like(move.log_ratio)
         row = None if gradient is None else gradient(ends)
-        distance = (again.after.x - move.after.x).astype(coefficient.dtype)
+        distance = difference(again.after.x, move.after.x).astype(coefficient.dtype)
         return Birth(again.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
     def _wider(self, move: Move, extra: Extra, rule: Rule, gradient: Gradient | None) -> Birth:
@@ -231,7 +229,7 @@ class MetropolisHastings(eqx.Module):
         ends = self._decision(move.old, move.new, move.noise, SCALE + extra.site)
         coefficient = jnp.full_like(move.log_ratio, z.shape[0])
         row = None if gradient is None else gradient(ends)
-        distance = (wider.after.x - move.after.x).astype(coefficient.dtype)
+        distance = difference(wider.after.x, move.after.x).astype(coefficient.dtype)
         return Birth(wider.after, ends, coefficient, strength_of(rule.strength, coefficient, distance, row))
 
 
