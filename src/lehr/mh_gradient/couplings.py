@@ -23,6 +23,7 @@ from lehr.mh_gradient.proposals import (
     DiscreteUniform,
     RandomWalk,
     SpinFlip,
+    at,
 )
 from lehr.mh_gradient.target import Point
 from lehr.numerics import normal
@@ -226,8 +227,8 @@ class MaximalIndependent(AbstractCoupling):
     def propose(self, kernel: Kernel, move: Move, other: Point, noise: Any) -> Proposed:
         del kernel, noise
         site, _ = move.noise
-        there = move.new.x[site]
-        return Proposed(other.x.at[site].set(jnp.where(there != other.x[site], there, move.old.x[site])))
+        there, y = move.new.x, other.x
+        return Proposed(jnp.where(at(site, y), jnp.where(there != y, there, move.old.x), y))
 
 
 class MonotoneSpin(AbstractCoupling):
