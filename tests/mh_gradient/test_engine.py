@@ -43,6 +43,21 @@ def test_a_row_is_as_precise_as_the_numbers(x64):
     np.testing.assert_array_equal(x, by_hand(jnp.zeros((2, 4)), jnp.arange(3), z)[1][0])
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int8])
+def test_whole_numbers_in_a_row_keep_their_bits(dtype):
+    """As floats they would be none, tiny, or rounded."""
+    bits = np.array([-1, 1, 0, 2**24 + 1, 0x7F800001, 0x7FC00001, -(2**31), 0x807FFFFF - 2**32], np.int64)
+    numbers = jnp.asarray(bits.astype(dtype)).reshape(2, 4)
+
+    def step(x, k, z):
+        return x, (z, jnp.sum(x), z + 1)
+
+    _, found = scan_chains(step, jnp.ones(4), jnp.arange(2), numbers, -1)
+    assert found[0].dtype == found[2].dtype == dtype
+    np.testing.assert_array_equal(found[0], numbers)
+    np.testing.assert_array_equal(found[2], numbers + 1)
+
+
 def test_outputs_without_numbers():
     _, found = scan_chains(lambda x, k, z: (x, (x[:0], x)), jnp.ones((2, 4)), jnp.arange(3), jnp.zeros((3, 4)), -1)
     assert found[0].shape == (3, 0, 4)

@@ -69,9 +69,9 @@ def _is_narrow(leaf: Any, axis: int) -> bool:
 
 
 class _Packing:
-    """How the narrow floats and flags of a tree are written as one row, with chains last, beside what is left.
+    """How the narrow leaves of a tree are written as one row of floats, with chains last, beside what is left.
 
-    (Whole numbers and other precisions are left: as floats of this width they might not be what they were.)
+    Whole numbers as wide as these floats keep their bits. (Other widths are left: they might not be what they were.)
     """
 
     def __init__(self, like: Any, axis: int):
@@ -79,13 +79,17 @@ class _Packing:
         self.leaves, self.tree = jax.tree.flatten(like)
         self.dtype = jnp.result_type(float)
         self.in_row = [
-            leaf.dtype in (self.dtype, bool) and leaf.size > 0 and _is_narrow(leaf, axis) for leaf in self.leaves
+            (leaf.dtype in (self.dtype, bool) or self._keeps_bits(leaf)) and leaf.size > 0 and _is_narrow(leaf, axis)
+            for leaf in self.leaves
         ]
         narrow = [i for i, is_in in enumerate(self.in_row) if is_in]
         #: the numbers of leaves of the same width
         self.groups = [
             [i for i in narrow if self._width(i) == width] for width in sorted({self._width(i) for i in narrow})
         ]
+
+    def _keeps_bits(self, leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize == self.dtype.itemsize
 
     def _width(self, i: int) -> int:
         return self.leaves[i].size // self.leaves[i].shape[self.axis]
@@ -95,7 +99,10 @@ class _Packing:
         found = jax.tree.leaves(tree)
 
         def part(i: int) -> Array:
-            return jnp.moveaxis(found[i], self.axis, -1).reshape(self._width(i), -1).astype(self.dtype)
+            leaf = jnp.moveaxis(found[i], self.axis, -1).reshape(self._width(i), -1)
+            if self._keeps_bits(leaf):
+                return jax.lax.bitcast_convert_type(leaf, self.dtype)
+            return leaf.astype(self.dtype)
 
         groups = [_stacked([part(i) for i in group]) for group in self.groups]
         row = [jnp.concatenate([group.reshape(-1, group.shape[-1]) for group in groups])] if groups else []
@@ -109,7 +116,9 @@ class _Packing:
         for i in (i for group in self.groups for i in group):
             like, width = self.leaves[i], self._width(i)
             shape = jax.eval_shape(lambda leaf: jnp.moveaxis(leaf, self.axis, -1), like).shape
-            part = rows[0][:, at : at + width].reshape(-1, *shape).astype(like.dtype)
+            part = rows[0][:, at : at + width].reshape(-1, *shape)
+            as_before = jax.lax.bitcast_convert_type if self._keeps_bits(like) else jax.lax.convert_element_type
+            part = as_before(part, like.dtype)
             found[i] = jax.vmap(lambda leaf: jnp.moveaxis(leaf, -1, self.axis))(part)
             at += width
         return jax.tree.unflatten(self.tree, found)
