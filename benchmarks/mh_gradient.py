@@ -5,10 +5,10 @@
 Targets of one parameter each. By random walk and maximal reflection: N(theta, I) in one, three and ten dimensions; a
 mixture of eight Gaussians in one; the posterior of a logistic regression of 500 data in ten dimensions, of which the
 parameter is the prior's log scale. By uniform proposals: the entropy over three components, of which the parameter is
-the observation. By the heat bath: the specific heat of the Ising model, of which it is the temperature. And some of
-which the gradient is dearer: single spins, proposals and couplings that use gradients or reject, a parameter of the
-proposal. Times are medians of interleaved calls. (Networks of a thousand to a million parameters: `lehr study
-dimension`.)
+the observation. Of the Ising model, by the heat bath the specific heat and by single spins the energy, of which it is
+the temperature. And some of which the gradient is dearer: proposals and couplings that use gradients or reject, a
+parameter of the proposal. Times are medians of interleaved calls. (Networks of a thousand to a million parameters:
+`lehr study dimension`.)
 """
 
 import argparse
@@ -128,9 +128,9 @@ CASES: dict[str, tuple[Callable[..., Callable[[Any, Any], Any]], float]] = {
     "three components": (entropy, 0.4),
     "Ising, 12 x 12": (partial(specific_heat, 12), 2.6),
     "Ising, 32 x 32": (partial(specific_heat, 32), 2.6),
-    # What is known to take more than two and a half passes: docs/results.md says why.
     "single spins, 12 x 12": (partial(single_spins, jnp.float32), 4.0),
     "the same, int8": (partial(single_spins, jnp.int8), 4.0),
+    # What is known to take more than two and a half passes: docs/results.md says why.
     "MALA, d = 3": (partial(mean_of_first, gaussian, MALA(1.0), MaximalReflection(), 3), 0.5),
     "GCRefl, d = 10": (partial(mean_of_first, gaussian, RandomWalk(0.75), GCRefl(), 10), 0.5),
     "FullKernelMaximal, d = 1": (partial(mean_of_first, gaussian, RandomWalk(2.38), FullKernelMaximal(), 1), 0.5),
