@@ -26,9 +26,10 @@ from lehr.mh_gradient import (
     RandomWalk,
     SpinFlip,
 )
+from lehr.mh_gradient.discrete import spins_kept, spins_of
 from lehr.mh_gradient.heat_bath import HeatBathSampler, _site_by
 from lehr.mh_gradient.kernel import Kernel
-from lehr.mh_gradient.proposals import OwnProposal, spins_kept, spins_of
+from lehr.mh_gradient.proposals import OwnProposal
 from lehr.mh_gradient.sampler import MetropolisHastings
 from lehr.mh_gradient.target import Target
 from tests import targets

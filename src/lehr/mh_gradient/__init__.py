@@ -15,14 +15,13 @@ from lehr.mh_gradient.couplings import (
     MonotoneSpin as MonotoneSpin,
 )
 from lehr.mh_gradient.diagnostics import Diagnostics as Diagnostics
+from lehr.mh_gradient.discrete import DiscreteUniform as DiscreteUniform, SpinFlip as SpinFlip
 from lehr.mh_gradient.expectation import MHExpectation as MHExpectation, mh_expectation as mh_expectation
 from lehr.mh_gradient.heat_bath import HeatBath as HeatBath
 from lehr.mh_gradient.proposals import (
     MALA as MALA,
     PCN as PCN,
-    DiscreteUniform as DiscreteUniform,
     Independence as Independence,
     RandomWalk as RandomWalk,
-    SpinFlip as SpinFlip,
 )
 from lehr.mh_gradient.target import DensityRatio as DensityRatio

@@ -16,15 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lehr.errors import InputError
+from lehr.mh_gradient.discrete import DiscreteUniform, SpinFlip, is_at
 from lehr.mh_gradient.kernel import Kernel, Move, at_same_place, choose
-from lehr.mh_gradient.proposals import (
-    AbstractGaussian,
-    AbstractProposal,
-    DiscreteUniform,
-    RandomWalk,
-    SpinFlip,
-    at,
-)
+from lehr.mh_gradient.proposals import AbstractGaussian, AbstractProposal, RandomWalk
 from lehr.mh_gradient.target import Point
 from lehr.numerics import normal
 
@@ -228,7 +222,7 @@ class MaximalIndependent(AbstractCoupling):
         del kernel, noise
         site, _ = move.noise
         there, y = move.new.x, other.x
-        return Proposed(jnp.where(at(site, y), jnp.where(there != y, there, move.old.x), y))
+        return Proposed(jnp.where(is_at(site, y), jnp.where(there != y, there, move.old.x), y))
 
 
 class MonotoneSpin(AbstractCoupling):

@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from lehr.errors import InputError, check_whole
 from lehr.mh_gradient.births import Birth, flip_coefficient
 from lehr.mh_gradient.couplings import Followed
+from lehr.mh_gradient.discrete import check_spins, flipped, spins_kept, spins_of
 from lehr.mh_gradient.kernel import at_same_place
-from lehr.mh_gradient.proposals import check_spins, flipped, spins_kept, spins_of
 from lehr.mh_gradient.sampler import Extra, Gradient, Rule
 from lehr.mh_gradient.target import DensityRatio, Point, Target
 from lehr.numerics import is_concrete, uniform_pairs
